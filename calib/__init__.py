@@ -1,0 +1,1 @@
+"""Frames in: readers, the simulator, the calibration set and the gradients taken over it."""

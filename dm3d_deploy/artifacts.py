@@ -1,0 +1,239 @@
+"""Files that are written whole or not at all, and the manifest that is a build's only memory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dm3d_deploy.errors import Dm3dError, StaleArtifact, UsageError
+
+SCHEMA = 1
+HASH_CHUNK_BYTES = 1 << 20
+
+
+def digest_of_bytes(data: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file, read in chunks."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON whose bytes depend on the value alone; NaN and infinities are refused."""
+    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: ("the disk is full", "free some space or choose another --out"),
+            errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --out"),
+            errno.EROFS: ("the file system is read-only", "choose an --out that can be written"),
+            errno.EACCES: ("permission was denied", "choose an --out that you may write to"),
+            errno.EPERM: ("permission was denied", "choose an --out that you may write to"),
+            errno.ENOTDIR: ("a parent is a file, not a folder", "choose another --out"),
+            errno.EISDIR: ("it is a folder", "choose another name"),
+        }
+        if error.errno not in reasons:
+            raise
+        what, fix = reasons[error.errno]
+        raise Dm3dError(f"{path} could not be written: {what}.", fix=fix) from error
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill `path.partial`, then make it `path` in one step: a reader sees the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes whole."""
+    write_whole(path, lambda partial: _write_bytes(partial, data))
+
+
+def _write_bytes(partial: Path, data: bytes) -> None:
+    partial.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write canonical JSON whole."""
+    write_bytes(path, canonical_json(value).encode())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """One file of a run: its path relative to the run, what it is, its SHA-256 and its size."""
+
+    path: str
+    kind: str
+    digest: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if Path(self.path).is_absolute() or ".." in Path(self.path).parts:
+            raise StaleArtifact(f"the manifest names a file outside its run: {self.path}.", fix="rebuild the run")
+
+    def checked(self, root: Path) -> Path:
+        """The file's path, after its bytes were found to be those recorded."""
+        path = root / self.path
+        if not path.is_file():
+            raise StaleArtifact(f"{path} is missing.", fix="run the build again: it makes only what is missing")
+        found = digest_of_file(path)
+        if found != self.digest:
+            raise StaleArtifact(
+                f"{path} is not the file that was built: expected sha256 {self.digest[:12]}…, found {found[:12]}….",
+                fix="run the build again, or restore the file",
+            )
+        return path
+
+
+def artifact_of(root: Path, path: str, kind: str) -> Artifact:
+    """Record a file that lies under `root`."""
+    file = root / path
+    return Artifact(path=path, kind=kind, digest=digest_of_file(file), bytes=file.stat().st_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """An ONNX file and its interface: tensor name -> (element type, shape)."""
+
+    artifact: Artifact
+    inputs: Mapping[str, tuple[str, tuple[int, ...]]]
+    outputs: Mapping[str, tuple[str, tuple[int, ...]]]
+    opset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A built engine. `ran_here` is false until a device of this machine executed it."""
+
+    artifact: Artifact
+    backend: str
+    version: str
+    built_for: tuple[str, ...]
+    precision: str
+    layers: int
+    ran_here: bool
+
+    @property
+    def standing(self) -> str:
+        """What may be said of it."""
+        return "ran here" if self.ran_here else "built, not run here"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One finished stage: the key that decides freshness, and what it left."""
+
+    name: str
+    key: str
+    outputs: tuple[Artifact, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The reproducible identity of a run: recipe, tool versions, and every step's files. It holds no times."""
+
+    recipe: Mapping[str, Any]
+    tools: Mapping[str, str]
+    steps: tuple[Step, ...]
+    trained: bool
+    schema: int = SCHEMA
+
+    def step(self, name: str) -> Step | None:
+        """A finished step by name."""
+        return next((step for step in self.steps if step.name == name), None)
+
+    def artifact(self, kind: str) -> Artifact:
+        """The one file of a kind."""
+        found = [artifact for step in self.steps for artifact in step.outputs if artifact.kind == kind]
+        if len(found) != 1:
+            raise StaleArtifact(
+                f"the run holds {len(found)} files of the kind '{kind}' where one was expected.",
+                fix="run the build to its end",
+            )
+        return found[0]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for manifest.json."""
+        return {
+            "schema": self.schema,
+            "trained": self.trained,
+            "recipe": dict(self.recipe),
+            "tools": dict(self.tools),
+            "steps": [
+                {
+                    "name": step.name,
+                    "key": step.key,
+                    "outputs": [
+                        {"path": a.path, "kind": a.kind, "sha256": a.digest, "bytes": a.bytes} for a in step.outputs
+                    ],
+                }
+                for step in self.steps
+            ],
+        }
+
+
+MANIFEST_NAME = "manifest.json"
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write manifest.json whole."""
+    write_json(root / MANIFEST_NAME, manifest.as_json())
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read manifest.json, refusing what this version cannot mean."""
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        raise UsageError(
+            f"{root} holds no {MANIFEST_NAME}: it is not a finished run.", fix="dm3d-deploy build ... --out DIR"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA:
+            raise StaleArtifact(
+                f"{path} has schema {data['schema']}; this version reads {SCHEMA}.", fix="rebuild with this version"
+            )
+        steps = tuple(
+            Step(
+                name=str(step["name"]),
+                key=str(step["key"]),
+                outputs=tuple(
+                    Artifact(path=str(a["path"]), kind=str(a["kind"]), digest=str(a["sha256"]), bytes=int(a["bytes"]))
+                    for a in step["outputs"]
+                ),
+            )
+            for step in data["steps"]
+        )
+        return Manifest(recipe=data["recipe"], tools=data["tools"], steps=steps, trained=bool(data["trained"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise StaleArtifact(f"{path} is not a manifest: {reason}.", fix="rebuild the run") from None

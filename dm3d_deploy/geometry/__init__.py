@@ -1,0 +1,1 @@
+"""Geometry of points and boxes in numpy alone, because it runs in the vehicle."""

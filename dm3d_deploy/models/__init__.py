@@ -1,0 +1,1 @@
+"""Detectors as torch modules with OpenPCDet's parameter names."""

@@ -1,0 +1,1 @@
+"""What to prune: costs, rankings, distortion curves, allocation, patterns, masks."""
