@@ -1,0 +1,53 @@
+"""BaseBEVBackbone: the dense backbone on the bird's-eye view, with OpenPCDet's parameter names."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dm3d_deploy.config import Backbone2dConfig
+
+NORM_EPS = 1e-3
+NORM_MOMENTUM = 0.01
+
+
+def _norm_relu(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels, eps=NORM_EPS, momentum=NORM_MOMENTUM), nn.ReLU(inplace=True)]
+
+
+class BaseBEVBackbone(nn.Module):
+    """Blocks of 3x3 convolutions; the output of each is brought back to one resolution and concatenated."""
+
+    def __init__(self, config: Backbone2dConfig, in_channels: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        self.deblocks = nn.ModuleList()
+        channels = in_channels
+        for layers, stride, filters in zip(config.layer_nums, config.strides, config.filters, strict=True):
+            self.blocks.append(_block(channels, filters, layers, stride))
+            channels = filters
+        ups = zip(config.filters, config.upsample_strides, config.upsample_filters, strict=True)
+        for filters, stride, out in ups:
+            conv = nn.ConvTranspose2d(filters, out, stride, stride=stride, bias=False)
+            self.deblocks.append(nn.Sequential(conv, *_norm_relu(out)))
+
+    def forward(self, bev: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
+        """All blocks' features, concatenated."""
+        outputs = []
+        for block, deblock in zip(self.blocks, self.deblocks, strict=True):
+            bev = block(bev)
+            outputs.append(deblock(bev))
+        return torch.cat(outputs, dim=1)
+
+
+def _block(in_channels: int, channels: int, layers: int, stride: int) -> nn.Sequential:
+    """One strided convolution behind an explicit padding, then `layers` plain ones."""
+    modules: list[nn.Module] = [
+        nn.ZeroPad2d(1),
+        nn.Conv2d(in_channels, channels, 3, stride=stride, bias=False),
+        *_norm_relu(channels),
+    ]
+    for _ in range(layers):
+        modules += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), *_norm_relu(channels)]
+    return nn.Sequential(*modules)

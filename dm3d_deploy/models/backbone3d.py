@@ -1,0 +1,128 @@
+"""VoxelResBackBone8x: the sparse residual backbone of CenterPoint, with OpenPCDet's parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dm3d_deploy.config import Backbone3dConfig
+from dm3d_deploy.models.sparse import (
+    SparseConv3d,
+    SparseConvolution,
+    SparseTensor,
+    SubMConv3d,
+    Triple,
+    cell_keys,
+    output_shape,
+)
+
+NORM_EPS = 1e-3
+NORM_MOMENTUM = 0.01
+CUBE: Triple = (3, 3, 3)
+DOWN: Triple = (2, 2, 2)
+
+
+def _norm(channels: int) -> nn.BatchNorm1d:
+    return nn.BatchNorm1d(channels, eps=NORM_EPS, momentum=NORM_MOMENTUM)
+
+
+class ConvNormReLU(nn.Sequential):
+    """Sparse convolution, batch norm and ReLU, named 0, 1, 2."""
+
+    def __init__(self, conv: SparseConvolution) -> None:
+        super().__init__(conv, _norm(conv.out_channels), nn.ReLU(inplace=True))
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Apply to the features."""
+        conv, norm, relu = self
+        out: SparseTensor = conv(x)
+        return out.with_features(relu(norm(out.features)))
+
+
+class SparseBasicBlock(nn.Module):
+    """Two sub-manifold convolutions and the identity. Its convolutions carry biases before the norm."""
+
+    def __init__(self, channels: int, *, indice_key: str) -> None:
+        super().__init__()
+        self.conv1 = SubMConv3d(channels, channels, CUBE, indice_key=indice_key, bias=True)
+        self.bn1 = _norm(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = SubMConv3d(channels, channels, CUBE, indice_key=indice_key, bias=True)
+        self.bn2 = _norm(channels)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Apply to the features."""
+        hidden: SparseTensor = self.conv1(x)
+        hidden = hidden.with_features(self.relu(self.bn1(hidden.features)))
+        hidden = self.conv2(hidden)
+        out: Tensor = self.relu(self.bn2(hidden.features) + x.features)
+        return hidden.with_features(out)
+
+
+class VoxelResBackBone8x(nn.Module):
+    """Eight-fold down-sampling in x and y, about twenty-fold in z; see OpenPCDet's spconv_backbone.py.
+
+    `shape_zyx` is the sparse grid: one more cell along z than the voxel grid has.
+    """
+
+    def __init__(self, config: Backbone3dConfig, in_channels: int, shape_zyx: Triple) -> None:
+        super().__init__()
+        first, c1, c2, c3, c4, last = config.channels
+        self.shape_zyx = shape_zyx
+        self.conv_input = ConvNormReLU(SubMConv3d(in_channels, first, CUBE, indice_key="stage1"))
+        self.conv1 = nn.Sequential(*_blocks(c1, config.blocks, "stage1"))
+        self.conv2 = _stage(c1, c2, config.blocks, "stage2", padding=(1, 1, 1))
+        self.conv3 = _stage(c2, c3, config.blocks, "stage3", padding=(1, 1, 1))
+        self.conv4 = _stage(c3, c4, config.blocks, "stage4", padding=(0, 1, 1))
+        self.conv_out = ConvNormReLU(
+            SparseConv3d(c4, last, (3, 1, 1), stride=(2, 1, 1), padding=(0, 0, 0), indice_key="out")
+        )
+
+    def convolutions(self) -> Iterator[tuple[str, SparseConvolution]]:
+        """All sparse convolutions in forward order, with their names inside the backbone."""
+        for name, module in self.named_modules():
+            if isinstance(module, SparseConvolution):
+                yield name, module
+
+    @property
+    def out_shape_zyx(self) -> Triple:
+        """The grid after `conv_out`."""
+        shape = self.shape_zyx
+        for _, conv in self.convolutions():
+            if isinstance(conv, SparseConv3d):
+                shape = output_shape(shape, conv.kernel, conv.stride, conv.padding)
+        return shape
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Features of `conv_out`."""
+        x = self.conv1(self.conv_input(x))
+        x = self.conv4(self.conv3(self.conv2(x)))
+        out: SparseTensor = self.conv_out(x)
+        return out
+
+
+def _blocks(channels: int, count: int, indice_key: str) -> list[nn.Module]:
+    return [SparseBasicBlock(channels, indice_key=indice_key) for _ in range(count)]
+
+
+def _stage(in_channels: int, channels: int, blocks: int, name: str, *, padding: Triple) -> nn.Sequential:
+    down = SparseConv3d(in_channels, channels, CUBE, stride=DOWN, padding=padding, indice_key=f"{name}_down")
+    return nn.Sequential(ConvNormReLU(down), *_blocks(channels, blocks, name))
+
+
+def bev_from_sparse(x: SparseTensor) -> Float[Tensor, "batch channels_depth height width"]:
+    """HeightCompression: a dense map whose channel c * depth + z is channel c at height z; empty cells are zero."""
+    depth, height, width = x.shape_zyx
+    channels = x.features.shape[1]
+    rows = x.features.new_zeros(x.batch_size * depth * height * width, channels)
+    rows = rows.index_copy(0, cell_keys(x.coords, x.shape_zyx), x.features)
+    cells = rows.view(x.batch_size, depth, height, width, channels)
+    return cells.permute(0, 4, 1, 2, 3).reshape(x.batch_size, channels * depth, height, width)
+
+
+def sites_only(x: SparseTensor) -> SparseTensor:
+    """The same cells without features: enough to build kernel maps."""
+    return x.with_features(torch.empty(len(x.coords), 0, device=x.coords.device))
