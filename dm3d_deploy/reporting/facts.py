@@ -1,0 +1,176 @@
+"""What a report says in words: numbers with their units, latency pairs and the verdict; shared by page and terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+REFERENCE_VARIANT = "dense"
+TOTAL_STAGE = "total"
+PART_TITLES = {"3d": "3D backbone", "2d": "2D backbone", "head": "Head"}
+BACKBONE_PARTS = ("3d", "2d")
+NORMAL_975 = 1.959964
+
+
+def percent(share: float) -> str:
+    """0.3324 -> `33.2 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with `digits` significant digits, without an exponent between 1e-3 and 1e5."""
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if not -4 <= magnitude <= 5:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - magnitude)}f}"
+
+
+def scaled(value: float) -> str:
+    """Counts with a decimal prefix: 86201999200 -> `86.2 G`."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{significant(value / factor)} {prefix}"
+    return significant(value)
+
+
+def size(count_bytes: int) -> str:
+    """Bytes with a decimal prefix."""
+    return f"{count_bytes} B" if count_bytes < 1000 else f"{scaled(count_bytes)}B"
+
+
+def milliseconds(value_ms: float) -> str:
+    """`31.2 ms`."""
+    return f"{significant(value_ms)} ms"
+
+
+def duration(seconds: float) -> str:
+    """`8.20 s`, `3 min 05 s`."""
+    if seconds < 60:
+        return f"{significant(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 frame`, `4 frames`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def share_of(macs: Mapping[str, float], column: str) -> float:
+    """Kept or executed MACs over dense MACs; an empty part keeps all of its nothing."""
+    return macs[column] / macs["dense"] if macs["dense"] > 0 else 1.0
+
+
+def backbone_macs(report: Mapping[str, Any]) -> dict[str, float]:
+    """MACs of the 3D and 2D backbones together: the paper's denominator."""
+    parts = [report["macs"]["by_part"][part] for part in BACKBONE_PARTS if part in report["macs"]["by_part"]]
+    return {column: sum(part[column] for part in parts) for column in ("dense", "kept", "executed")}
+
+
+def median_interval_ms(samples_ms: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median by order statistics, samples taken as independent; few samples give their range."""
+    ordered = sorted(samples_ms)
+    reach = NORMAL_975 * math.sqrt(len(ordered)) / 2
+    low = max(0, math.floor(len(ordered) / 2 - reach) - 1)
+    high = min(len(ordered) - 1, math.ceil(len(ordered) / 2 + reach))
+    return ordered[low], ordered[high]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyPair:
+    """One stage, one backend: a variant beside the dense detector; `separated`: their median intervals do not touch."""
+
+    dense: Mapping[str, Any]
+    other: Mapping[str, Any]
+    separated: bool
+
+    @property
+    def change(self) -> float:
+        """Relative change of the median; negative is faster."""
+        return float(self.other["p50_ms"] / self.dense["p50_ms"] - 1) if self.dense["p50_ms"] > 0 else 0.0
+
+    @property
+    def measured(self) -> bool:
+        """Both sides were timed."""
+        return bool(self.dense["measured"] and self.other["measured"])
+
+    @property
+    def words(self) -> str:
+        """What may be said about the time."""
+        if not self.separated:
+            return "no difference beyond the noise"
+        return f"{percent(abs(self.change))} {'faster' if self.change < 0 else 'slower'}"
+
+
+def latency_pairs(report: Mapping[str, Any]) -> list[LatencyPair]:
+    """Every variant that has a dense counterpart of the same stage, backend and clock, in the report's order."""
+
+    def key(entry: Mapping[str, Any]) -> tuple[str, str, str, bool]:
+        return entry["stage"], entry["backend"], entry["clock"], entry["measured"]
+
+    references = {key(entry): entry for entry in report["latency"] if entry["variant"] == REFERENCE_VARIANT}
+    pairs = []
+    for entry in report["latency"]:
+        dense = references.get(key(entry))
+        if dense is None or dense is entry:
+            continue
+        low_a, high_a = median_interval_ms(dense["samples_ms"] or [dense["p50_ms"]])
+        low_b, high_b = median_interval_ms(entry["samples_ms"] or [entry["p50_ms"]])
+        pairs.append(LatencyPair(dense=dense, other=entry, separated=high_b < low_a or low_b > high_a))
+    return pairs
+
+
+def headline_pair(report: Mapping[str, Any]) -> LatencyPair | None:
+    """The pair that the verdict quotes: measured before estimated, the total before its stages, the longest first."""
+    pairs = latency_pairs(report)
+    if not pairs:
+        return None
+    return max(pairs, key=lambda pair: (pair.measured, pair.dense["stage"] == TOTAL_STAGE, pair.dense["p50_ms"]))
+
+
+def final_distortion(report: Mapping[str, Any]) -> tuple[float, str]:
+    """The distortion of what is shipped, and how it is known."""
+    distortion, recovery = report["distortion"], report["recovery"]
+    if recovery is not None and recovery["accepted"] and distortion["heldout_after_recovery"] is not None:
+        return distortion["heldout_after_recovery"], "held-out, after recovery"
+    if distortion["heldout"] is not None:
+        return distortion["heldout"], "held-out"
+    return distortion["predicted"], "predicted, not verified"
+
+
+def _sentence_of_time(report: Mapping[str, Any]) -> str:
+    pair = headline_pair(report)
+    if pair is None:
+        return "no time saving was measured"
+    entry = pair.other
+    where = f"{entry['backend']} on {report['provenance']['machine'].get('device', 'an unnamed device')}"
+    samples = min(pair.dense["n"], entry["n"])
+    how = f"measured with {where}, n = {samples}" if pair.measured else f"estimated for {where}"
+    if not pair.separated:
+        return f"{entry['stage']} takes {milliseconds(entry['p50_ms'])} as before (median, {how})"
+    return (
+        f"{entry['stage']} takes {milliseconds(entry['p50_ms'])} instead of "
+        f"{milliseconds(pair.dense['p50_ms'])} (median, {how})"
+    )
+
+
+def verdict_sentence(report: Mapping[str, Any]) -> str:
+    """What was kept, what it cost, what time it saves and where that was found; it reads `passed`, not the sentence."""
+    failed = sum(not comparison["passed"] for comparison in report["parity"])
+    opening = ""
+    if not report["verdict"]["passed"]:
+        reason = f"{failed} of {plural(len(report['parity']), 'comparison')} out of tolerance" if failed else ""
+        opening = f"NOT PASSED{f' ({reason})' if reason else ''}: "
+    weights = "" if report["model"]["trained"] else "UNTRAINED "
+    budget = report["budget"]
+    cost, how = final_distortion(report)
+    frames = " on simulated frames" if report["frames"]["simulated"] else ""
+    return (
+        f"{opening}{weights}{report['model']['name']} keeps {percent(budget['kept_of_backbone'])} of its backbones' "
+        f"MACs ({percent(budget['kept_of_model'])} of the whole model's) at a distortion of {significant(cost)} "
+        f"({how}{frames}); {_sentence_of_time(report)}."
+    )

@@ -1,0 +1,301 @@
+"""The shape of report.json: every key, its type, what must agree; `docs/report.md` says what each key means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dm3d_deploy.errors import InternalError
+
+SCHEMA_VERSION = 1
+PARTS = ("3d", "2d", "head")
+PNG_IN_BASE64 = "iVBORw0KGgo"
+STAMP = ("device", "power_mode", "clocks")
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """One plain value: what to call it, and the question it must answer with yes."""
+
+    name: str
+    accepts: Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class ListOf:
+    """Any number of values of one shape."""
+
+    item: Any
+
+
+@dataclass(frozen=True, slots=True)
+class MapOf:
+    """A mapping whose keys are free text, or one of `keys`."""
+
+    item: Any
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Nullable:
+    """A value, or null where it was not looked for or is not known."""
+
+    item: Any
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+TEXT = Scalar("text", lambda value: isinstance(value, str))
+WORDS = Scalar("text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
+FLAG = Scalar("true or false", lambda value: isinstance(value, bool))
+COUNT = Scalar("a whole number >= 0", _is_count)
+NUMBER = Scalar("a finite number", _is_number)
+AMOUNT = Scalar("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
+SHARE = Scalar("a share between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1 + ROUNDING)
+PART = Scalar("one of " + ", ".join(PARTS), lambda value: isinstance(value, str) and value in PARTS)
+VERSION = Scalar(f"the schema version {SCHEMA_VERSION}", lambda value: _is_count(value) and value == SCHEMA_VERSION)
+SHA256 = Scalar(
+    "64 lower-case hexadecimal digits",
+    lambda value: isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"),
+)
+PNG = Scalar("a PNG in base64", lambda value: isinstance(value, str) and value.startswith(PNG_IN_BASE64))
+
+MACS = {"dense": AMOUNT, "kept": AMOUNT, "executed": AMOUNT}
+
+SCHEMA: dict[str, Any] = {
+    "schema": VERSION,
+    "command": WORDS,
+    "verdict": {"sentence": WORDS, "passed": FLAG},
+    "model": {"name": WORDS, "trained": FLAG, "weights_source": WORDS, "classes": ListOf(WORDS), "parameters": COUNT},
+    "frames": {
+        "source": WORDS,
+        "simulated": FLAG,
+        "calibration": COUNT,
+        "selection": WORDS,
+        "held_out": COUNT,
+        "notes": ListOf(WORDS),
+    },
+    "budget": {
+        "target": SHARE,
+        "kept": SHARE,
+        "executed": SHARE,
+        "scope": WORDS,
+        "unit": WORDS,
+        "lower_bound_gap": Nullable(AMOUNT),
+        "kept_of_backbone": SHARE,
+        "kept_of_model": SHARE,
+    },
+    "macs": {**MACS, "by_part": MapOf(MACS, keys=PARTS)},
+    "distortion": {
+        "predicted": AMOUNT,
+        "heldout": Nullable(AMOUNT),
+        "heldout_after_recovery": Nullable(AMOUNT),
+        "per_frame": ListOf({"frame": WORDS, "heldout": AMOUNT, "after_recovery": Nullable(AMOUNT)}),
+        "baselines": ListOf({"method": WORDS, "heldout": AMOUNT}),
+    },
+    "recovery": Nullable(
+        {
+            "method": WORDS,
+            "accepted": FLAG,
+            "before": AMOUNT,
+            "after": AMOUNT,
+            "reason": WORDS,
+            "seconds": Nullable(AMOUNT),
+        }
+    ),
+    "layers": ListOf(
+        {
+            "name": WORDS,
+            "part": PART,
+            "kind": WORDS,
+            "weights": COUNT,
+            "dense_macs": AMOUNT,
+            "kept_macs": AMOUNT,
+            "executed_macs": AMOUNT,
+            "ratio": SHARE,
+            "pattern": WORDS,
+            "distortion": Nullable(AMOUNT),
+            "why": TEXT,
+            "legal_2_4": Nullable(FLAG),
+            "gain": TEXT,
+        }
+    ),
+    "skipped": ListOf({"layer": WORDS, "reason": WORDS}),
+    "parity": ListOf(
+        {
+            "output": WORDS,
+            "reference": WORDS,
+            "candidate": WORDS,
+            "frames": COUNT,
+            "max_abs": Nullable(AMOUNT),
+            "max_relative": Nullable(AMOUNT),
+            "cosine": Nullable(NUMBER),
+            "worst": TEXT,
+            "tolerance": WORDS,
+            "passed": FLAG,
+            "detail": TEXT,
+        }
+    ),
+    "latency": ListOf(
+        {
+            "stage": WORDS,
+            "variant": WORDS,
+            "backend": WORDS,
+            "clock": WORDS,
+            "n": COUNT,
+            **{f"{statistic}_ms": AMOUNT for statistic in ("min", "mean", "p50", "p90", "p99", "max")},
+            "p99_indicative": FLAG,
+            "measured": FLAG,
+            "voxels": ListOf(COUNT),
+            "samples_ms": ListOf(AMOUNT),
+        }
+    ),
+    "latency_note": TEXT,
+    "engines": ListOf(
+        {
+            "path": WORDS,
+            "backend": WORDS,
+            "version": WORDS,
+            "built_for": ListOf(WORDS),
+            "precision": WORDS,
+            "layers": COUNT,
+            "sha256": SHA256,
+            "bytes": COUNT,
+            "standing": WORDS,
+            "sparsity": Nullable(
+                {"legal": COUNT, "eligible": Nullable(COUNT), "chosen": Nullable(COUNT), "note": TEXT}
+            ),
+        }
+    ),
+    "detections": Nullable(
+        {
+            "frame": WORDS,
+            "dense": COUNT,
+            "pruned": COUNT,
+            "matched": COUNT,
+            "by_class": ListOf({"name": WORDS, "dense": COUNT, "pruned": COUNT, "matched": COUNT}),
+            "picture": Nullable(PNG),
+        }
+    ),
+    "stages": ListOf({"name": WORDS, "seconds": AMOUNT, "fresh": FLAG}),
+    "provenance": {
+        "version": WORDS,
+        "recipe": MapOf(TEXT),
+        "tools": MapOf(WORDS),
+        "machine": MapOf(TEXT),
+        "digests": MapOf(SHA256),
+    },
+    "warnings": ListOf(WORDS),
+}
+
+
+def key_paths(spec: Any = SCHEMA, path: str = "") -> Iterator[str]:
+    """Every key of the schema as `layers[].kept_macs`; `docs/report.md` documents each."""
+    if isinstance(spec, Nullable):
+        yield from key_paths(spec.item, path)
+    elif isinstance(spec, ListOf):
+        yield from key_paths(spec.item, f"{path}[]")
+    elif isinstance(spec, MapOf):
+        yield from key_paths(spec.item, f"{path}{{}}")
+    elif isinstance(spec, dict):
+        for key, inner in spec.items():
+            here = f"{path}.{key}" if path else key
+            yield here
+            yield from key_paths(inner, here)
+
+
+def validate_report(data: Any) -> None:
+    """Refuse a report that is not of the schema, or that contradicts itself; InternalError names the key's path."""
+    _check(SCHEMA, data, "")
+    _check_macs(data)
+    _check_evidence(data)
+
+
+def _refuse(path: str, what: str) -> InternalError:
+    return InternalError(f"report.json: {path or 'the whole report'}: {what}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check(spec: Any, value: Any, path: str) -> None:
+    if isinstance(spec, Nullable):
+        if value is not None:
+            _check(spec.item, value, path)
+    elif isinstance(spec, Scalar):
+        if not spec.accepts(value):
+            raise _refuse(path, f"expected {spec.name}, found {_shown(value)}")
+    elif isinstance(spec, ListOf):
+        if not isinstance(value, list):
+            raise _refuse(path, f"expected a list, found {_shown(value)}")
+        for index, item in enumerate(value):
+            _check(spec.item, item, f"{path}[{index}]")
+    else:
+        _check_mapping(spec, value, path)
+
+
+def _check_mapping(spec: Any, value: Any, path: str) -> None:
+    if not isinstance(value, Mapping):
+        raise _refuse(path, f"expected a mapping, found {_shown(value)}")
+    if isinstance(spec, MapOf):
+        for key, item in value.items():
+            if not isinstance(key, str) or (spec.keys and key not in spec.keys):
+                raise _refuse(path, f"unknown key {_shown(key)}; allowed: {', '.join(spec.keys) or 'text'}")
+            _check(spec.item, item, f"{path}.{key}")
+        return
+    for key in value:
+        if key not in spec:
+            raise _refuse(path, f"unknown key {_shown(key)}")
+    for key, inner in spec.items():
+        if key not in value:
+            raise _refuse(path, f"the key '{key}' is missing")
+        _check(inner, value[key], f"{path}.{key}" if path else key)
+
+
+def _differ(a: float, b: float) -> bool:
+    return not math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)
+
+
+def _check_macs(data: Mapping[str, Any]) -> None:
+    macs = data["macs"]
+    for column in MACS:
+        parts = sum(part[column] for part in macs["by_part"].values())
+        if _differ(parts, macs[column]):
+            raise _refuse(f"macs.{column}", f"{macs[column]:.10g} is not the sum of its parts, {parts:.10g}")
+    if macs["dense"] > 0 and _differ(macs["kept"] / macs["dense"], data["budget"]["kept_of_model"]):
+        raise _refuse("budget.kept_of_model", f"{data['budget']['kept_of_model']:.8g} is not macs.kept / macs.dense")
+    names = [layer["name"] for layer in data["layers"]]
+    for name in names:
+        if names.count(name) > 1:
+            raise _refuse("layers", f"the layer {_shown(name)} appears {names.count(name)} times")
+
+
+def _check_evidence(data: Mapping[str, Any]) -> None:
+    """The words that a reader relies on must stand in the sentence that is read first."""
+    verdict, parity = data["verdict"], data["parity"]
+    if not data["model"]["trained"] and "UNTRAINED" not in verdict["sentence"]:
+        raise _refuse("verdict.sentence", "the weights are untrained and the sentence does not say UNTRAINED")
+    if data["frames"]["simulated"] and "simulated" not in verdict["sentence"].lower():
+        raise _refuse("verdict.sentence", "the frames are simulated and the sentence does not say so")
+    failed = [comparison["output"] for comparison in parity if not comparison["passed"]]
+    if verdict["passed"] and (failed or not parity):
+        why = f"{len(failed)} comparisons failed, first {failed[0]}" if failed else "nothing was compared"
+        raise _refuse("verdict.passed", f"true, but {why}")
+    if any(entry["measured"] for entry in data["latency"]):
+        for key in STAMP:
+            if not data["provenance"]["machine"].get(key, "").strip():
+                raise _refuse(f"provenance.machine.{key}", "a measured latency needs it, and it is missing or empty")
+    for index, entry in enumerate(data["latency"]):
+        if entry["n"] != len(entry["samples_ms"]):
+            raise _refuse(f"latency[{index}].n", f"{entry['n']} is not the {len(entry['samples_ms'])} samples listed")

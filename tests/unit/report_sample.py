@@ -1,0 +1,265 @@
+"""A made-up report of CenterPoint with 35 layers: the layer sizes are real, every result is invented for tests."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+
+from dm3d_deploy.evidence import Comparison, Latency
+from dm3d_deploy.reporting.facts import verdict_sentence
+
+PAIRS = {1: 359_710, 2: 835_211, 3: 493_106, 4: 205_877}
+DOWN_PAIRS = {2: 204_019, 3: 224_403, 4: 110_991}
+CHANNELS = {1: 16, 2: 32, 3: 64, 4: 128}
+
+
+def tiny_png(width: int = 640, height: int = 320) -> str:
+    """A grey PNG in base64, written without an imaging library."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = b"".join(b"\x00" + bytes(40 + (x // 40 + y // 40) % 2 * 30 for x in range(width)) for y in range(height))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return base64.b64encode(png).decode()
+
+
+def _layer_sizes() -> list[tuple[str, str, str, int, int]]:
+    """Name, part, kind, weights, dense MACs of the 35 layers in scope."""
+    sizes = [("backbone_3d.conv_input.0", "3d", "SubMConv3d 5>16", 27 * 5 * 16, PAIRS[1] * 80)]
+    for stage, width in CHANNELS.items():
+        if stage > 1:
+            taps, below = 27, CHANNELS[stage - 1]
+            sizes.append(
+                (
+                    f"backbone_3d.conv{stage}.0.0",
+                    "3d",
+                    f"SparseConv3d {below}>{width}",
+                    taps * below * width,
+                    DOWN_PAIRS[stage] * below * width,
+                )
+            )
+        first = 0 if stage == 1 else 1
+        for block in (first, first + 1):
+            for conv in (1, 2):
+                name = f"backbone_3d.conv{stage}.{block}.conv{conv}"
+                sizes.append(
+                    (name, "3d", f"SubMConv3d {width}>{width}", 27 * width * width, PAIRS[stage] * width * width)
+                )
+    sizes.append(("backbone_3d.conv_out.0", "3d", "SparseConv3d 128>128", 3 * 128 * 128, 17_936 * 128 * 128))
+    for block, (below, width, cells) in enumerate(((256, 128, 128 * 128), (128, 256, 64 * 64))):
+        for index, source in zip((1, 4, 7, 10, 13, 16), (below, *[width] * 5), strict=True):
+            name = f"backbone_2d.blocks.{block}.{index}"
+            sizes.append((name, "2d", f"Conv2d 3x3 {source}>{width}", 9 * source * width, 9 * source * width * cells))
+    sizes.append(("backbone_2d.deblocks.0.0", "2d", "ConvTranspose2d 1x1 128>256", 32_768, 32_768 * 128 * 128))
+    sizes.append(("backbone_2d.deblocks.1.0", "2d", "ConvTranspose2d 2x2 256>256", 262_144, 262_144 * 64 * 64))
+    return sizes
+
+
+def _layers(rng: np.random.Generator) -> list[dict[str, Any]]:
+    layers = []
+    for name, part, kind, weights, dense in _layer_sizes():
+        wide = "256>256" in kind or "128>128" in kind
+        ratio = 0.0 if "conv_input" in name else float(np.round(np.clip(rng.normal(0.68, 0.16), 0.05, 0.98), 2))
+        pattern = "dense"
+        executed = 1.0
+        if ratio > 0 and part == "2d":
+            pattern, executed = ("2:4", 0.5) if ratio >= 0.5 else ("unstructured", 1.0)
+        elif ratio > 0:
+            pattern, executed = "tile 16x16", min(1.0, (1 - ratio) * 1.25)
+        layers.append(
+            {
+                "name": name,
+                "part": part,
+                "kind": kind,
+                "weights": weights,
+                "dense_macs": dense,
+                "kept_macs": dense * (1 - ratio),
+                "executed_macs": dense * max(executed, 1 - ratio),
+                "ratio": ratio,
+                "pattern": pattern,
+                "distortion": float(rng.lognormal(-7, 1)) if ratio else 0.0,
+                "why": "cheapest distortion per MAC" if ratio else "5 input channels: too few to prune",
+                "legal_2_4": pattern == "2:4" if part == "2d" else None,
+                "gain": ""
+                if part == "3d"
+                else ("a gain is expected from 2:4" if wide else "no gain expected: C, K < 256"),
+            }
+        )
+    return layers
+
+
+def _latency(rng: np.random.Generator) -> list[dict[str, Any]]:
+    entries = []
+    stages = {"voxelise": (3.1, 3.1), "3D": (21.0, 13.9), "BEV + head": (27.4, 21.2), "decode + NMS": (4.4, 4.4)}
+    totals = {"dense": np.zeros(300), "pruned": np.zeros(300)}
+    for stage, medians in (*stages.items(), ("total", (0.0, 0.0))):
+        for variant, median in zip(("dense", "pruned"), medians, strict=True):
+            samples = totals[variant] if stage == "total" else median * rng.lognormal(0, 0.07, 300)
+            totals[variant] = totals[variant] + samples if stage != "total" else samples
+            latency = Latency(
+                stage=stage,
+                variant=variant,
+                samples_ms=tuple(round(float(s), 4) for s in samples),
+                clock="perf_counter",
+                backend="onnxruntime 1.31.0 CPU, fp32",
+                voxels=(51_220, 60_000),
+                measured=True,
+            )
+            entries.append(latency.as_json())
+    return entries
+
+
+def _parity() -> list[dict[str, Any]]:
+    outputs = ("task 0 heat map", "task 0 centre", "task 0 size", "task 0 rotation", "task 0 velocity", "boxes")
+    return [
+        Comparison(
+            output=output,
+            reference="PyTorch, pruned",
+            candidate="onnxruntime fp32",
+            frames=4,
+            max_abs=2.1e-5 * (index + 1),
+            max_relative=1.3e-6 * (index + 1),
+            cosine=0.99999999,
+            worst=f"(0, {index}, 61, 77): 1.23456 against 1.23458",
+            tolerance="relative <= 0.0001, cosine >= 0.9999",
+            passed=True,
+            detail="118 of 118 boxes matched within 1 mm" if output == "boxes" else "",
+        ).as_json()
+        for index, output in enumerate(outputs)
+    ]
+
+
+def _engines() -> list[dict[str, Any]]:
+    common = {"backend": "tensorrt_rtx", "version": "1.7.1", "precision": "fp16", "standing": "built, not run here"}
+    onnx = {"backend": "onnxruntime", "version": "1.31.0", "precision": "fp32", "standing": "ran here"}
+    note = "this backend ignores 2:4: the engine is byte-identical without the flag"
+    return [
+        {
+            **onnx,
+            "path": "engines/bev_head.onnx",
+            "built_for": ["CPU"],
+            "layers": 61,
+            "sha256": "a1" * 32,
+            "bytes": 25_071_334,
+            "sparsity": None,
+        },
+        {
+            **common,
+            "path": "engines/bev_head.rtx.plan",
+            "built_for": ["sm_80", "sm_86", "sm_89", "sm_120"],
+            "layers": 44,
+            "sha256": "3c" * 32,
+            "bytes": 12_640_212,
+            "sparsity": {"legal": 11, "eligible": 0, "chosen": 0, "note": note},
+        },
+    ]
+
+
+def _macs(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    head = 27_235_713_024.0
+    by_part: dict[str, dict[str, float]] = {"head": {"dense": head, "kept": head, "executed": head}}
+    for part in ("3d", "2d"):
+        own = [layer for layer in layers if layer["part"] == part]
+        by_part[part] = {c: float(sum(layer[f"{c}_macs"] for layer in own)) for c in ("dense", "kept", "executed")}
+    total = {column: sum(part[column] for part in by_part.values()) for column in ("dense", "kept", "executed")}
+    return {**total, "by_part": by_part}
+
+
+def sample_report(*, trained: bool = False, simulated: bool = True) -> dict[str, Any]:
+    """A valid report; the same arguments give the same report."""
+    rng = np.random.default_rng(20240917)
+    layers = _layers(rng)
+    macs = _macs(layers)
+    backbone = {c: macs[c] - macs["by_part"]["head"][c] for c in ("dense", "kept", "executed")}
+    source = "simulated city, seed 7" if simulated else "nuScenes sweeps"
+    report: dict[str, Any] = {
+        "schema": 1,
+        "command": "dm3d-deploy build centerpoint --target 0.35 --frames 8 --device auto --out runs/centerpoint",
+        "verdict": {"sentence": "", "passed": True},
+        "model": {
+            "name": "centerpoint",
+            "trained": trained,
+            "weights_source": "centerpoint_nuscenes.safetensors" if trained else "random weights, seed 0",
+            "classes": ["car", "truck", "bus", "trailer", "pedestrian", "bicycle", "traffic_cone"],
+            "parameters": 8_939_880,
+        },
+        "frames": {
+            "source": source,
+            "simulated": simulated,
+            "calibration": 8,
+            "selection": "farthest-point over scene statistics, 8 of 40",
+            "held_out": 4,
+            "notes": ["2 of 40 frames were over the voxel cap of 60,000: bounded, the rest dropped"],
+        },
+        "budget": {
+            "target": 0.35,
+            "kept": backbone["kept"] / backbone["dense"],
+            "executed": backbone["executed"] / backbone["dense"],
+            "scope": "backbone",
+            "unit": "kept MACs",
+            "lower_bound_gap": 0.00042,
+            "kept_of_backbone": backbone["kept"] / backbone["dense"],
+            "kept_of_model": macs["kept"] / macs["dense"],
+        },
+        "macs": macs,
+        "distortion": {
+            "predicted": 0.118,
+            "heldout": 0.214,
+            "heldout_after_recovery": 0.097,
+            "per_frame": [
+                {"frame": f"frame {900 + i}", "heldout": before, "after_recovery": after}
+                for i, (before, after) in enumerate(((0.181, 0.090), (0.243, 0.104), (0.199, 0.085), (0.233, 0.109)))
+            ],
+            "baselines": [{"method": "uniform magnitude", "heldout": 0.802}, {"method": "LAMP", "heldout": 0.455}],
+        },
+        "recovery": {
+            "method": "batch-norm re-estimation",
+            "accepted": True,
+            "before": 0.214,
+            "after": 0.097,
+            "reason": "held-out distortion fell",
+            "seconds": 12.4,
+        },
+        "layers": layers,
+        "skipped": [{"layer": "dense_head.heads_list.0.hm.1", "reason": "final head convolutions stay dense"}],
+        "parity": _parity(),
+        "latency": _latency(rng),
+        "latency_note": "Zeros save no time on a CPU: only removed channels and skipped 3D tiles do.",
+        "engines": _engines(),
+        "detections": {
+            "frame": "frame 900",
+            "dense": 41,
+            "pruned": 39,
+            "matched": 38,
+            "by_class": [
+                {"name": "car", "dense": 25, "pruned": 25, "matched": 25},
+                {"name": "pedestrian", "dense": 16, "pruned": 14, "matched": 13},
+            ],
+            "picture": tiny_png(),
+        },
+        "stages": [
+            {"name": name, "seconds": seconds, "fresh": name != "frames"}
+            for name, seconds in (("frames", 0.4), ("gradients", 61.2), ("curves", 4.9), ("allocate", 0.7))
+        ],
+        "provenance": {
+            "version": "0.1.0",
+            "recipe": {"target": "0.35", "scope": "backbone", "frames": "8", "seed": "0", "kappa": "1e-07"},
+            "tools": {"python": "3.11.2", "torch": "2.13.0", "onnx": "1.23.0", "onnxruntime": "1.31.0"},
+            "machine": {
+                "device": "2-core x86-64 CPU",
+                "clocks": "not locked",
+                "power_mode": "not reported",
+                "threads": "1",
+            },
+            "digests": {"model": "0f" * 32, "frames": "7b" * 32, "masks": "c4" * 32},
+        },
+        "warnings": ["p99 of 300 samples is indicative: 1,000 are needed"],
+    }
+    report["verdict"]["sentence"] = verdict_sentence(report)
+    return report
