@@ -156,6 +156,20 @@ class Step:
     key: str
     outputs: tuple[Artifact, ...]
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for the manifest."""
+        files = [{"path": a.path, "kind": a.kind, "sha256": a.digest, "bytes": a.bytes} for a in self.outputs]
+        return {"name": self.name, "key": self.key, "outputs": files}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Step:
+        """The inverse; KeyError and TypeError tell a broken record."""
+        outputs = tuple(
+            Artifact(path=str(a["path"]), kind=str(a["kind"]), digest=str(a["sha256"]), bytes=int(a["bytes"]))
+            for a in data["outputs"]
+        )
+        return cls(name=str(data["name"]), key=str(data["key"]), outputs=outputs)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -188,16 +202,7 @@ class Manifest:
             "trained": self.trained,
             "recipe": dict(self.recipe),
             "tools": dict(self.tools),
-            "steps": [
-                {
-                    "name": step.name,
-                    "key": step.key,
-                    "outputs": [
-                        {"path": a.path, "kind": a.kind, "sha256": a.digest, "bytes": a.bytes} for a in step.outputs
-                    ],
-                }
-                for step in self.steps
-            ],
+            "steps": [step.as_json() for step in self.steps],
         }
 
 
@@ -222,17 +227,7 @@ def read_manifest(root: Path) -> Manifest:
             raise StaleArtifact(
                 f"{path} has schema {data['schema']}; this version reads {SCHEMA}.", fix="rebuild with this version"
             )
-        steps = tuple(
-            Step(
-                name=str(step["name"]),
-                key=str(step["key"]),
-                outputs=tuple(
-                    Artifact(path=str(a["path"]), kind=str(a["kind"]), digest=str(a["sha256"]), bytes=int(a["bytes"]))
-                    for a in step["outputs"]
-                ),
-            )
-            for step in data["steps"]
-        )
+        steps = tuple(Step.from_json(step) for step in data["steps"])
         return Manifest(recipe=data["recipe"], tools=data["tools"], steps=steps, trained=bool(data["trained"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__} {error}"

@@ -1,0 +1,77 @@
+"""A child process that takes every n-th frame of a job: `python -m calib.frame_worker JOB INDEX COUNT`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from calib.frame_outputs import batch_statistics, head_maps
+from calib.gradients import sketch_gradients
+from calib.pool import DONE_MARK, ERROR_MARK, FrameJob, result_path
+from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.config import config_from_text
+from dm3d_deploy.errors import Dm3dError, UsageError
+from dm3d_deploy.models.checkpoints import load_checkpoint
+from dm3d_deploy.models.detector import Detector, build_detector
+
+FrameFunction = Callable[[Detector, torch.Tensor, torch.Tensor, int, Mapping[str, Any]], dict[str, np.ndarray]]
+KINDS: Mapping[str, FrameFunction] = {
+    "outputs": head_maps,
+    "statistics": batch_statistics,
+    "gradients": sketch_gradients,
+}
+
+
+def read_voxels(frames_file: Path, frame: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features Float32[V, C] and coords Int32[V, 4] of one frame of frames.safetensors."""
+    with safe_open(frames_file, framework="np") as file:
+        return file.get_tensor(f"{frame}.features"), file.get_tensor(f"{frame}.coords").astype(np.int32)
+
+
+def work(job: FrameJob, index: int, count: int) -> None:
+    """Do this process's share of the job, one line on standard output per frame."""
+    torch.set_num_threads(1)
+    if job.kind not in KINDS:
+        raise UsageError(f"a frame worker cannot do '{job.kind}'.", fix="use one of " + ", ".join(KINDS))
+    detector = build_detector(config_from_text(job.config_text, "the run's model.yaml"))
+    load_checkpoint(detector, Path(job.weights))
+    for frame in job.frames[index::count]:
+        features, coords = read_voxels(Path(job.frames_file), frame)
+        result = KINDS[job.kind](
+            detector, torch.from_numpy(features), torch.from_numpy(coords.astype(np.int64)), frame, job.settings
+        )
+        write_bytes(result_path(Path(job.out_dir), frame), save({k: np.ascontiguousarray(v) for k, v in result.items()}))
+        print(f"{DONE_MARK}{frame}", flush=True)
+
+
+def _leave_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one share; a Dm3dError is told to the parent in one line of JSON."""
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    data = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    job = FrameJob(**{**data, "frames": tuple(data["frames"])})
+    try:
+        work(job, int(arguments[1]), int(arguments[2]))
+    except Dm3dError as error:
+        told = {"class": type(error).__name__, "what": error.what, "fix": error.fix}
+        print(ERROR_MARK + json.dumps(told), flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""Digests of what lies outside a run and yet decides it: the model's YAML, the checkpoint, the frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from calib.calibration_set import FramePlan, plan_frames
+from dm3d_deploy.artifacts import canonical_json, digest_of_bytes, digest_of_file
+from dm3d_deploy.config import DetectorConfig, load_config
+from dm3d_deploy.errors import CheckpointError, InternalError
+from dm3d_deploy.recipe import Recipe
+
+
+def frame_plan(recipe: Recipe, config: DetectorConfig) -> FramePlan:
+    """The frames that a recipe asks for."""
+    return plan_frames(
+        recipe.frames,
+        dataset=config.dataset,
+        calibration=recipe.calibration_frames,
+        selection=recipe.selection_frames,
+        held_out=recipe.held_out_frames,
+        seed=recipe.seed,
+    )
+
+
+def outside_digest(name: str, recipe: Recipe) -> str:
+    """SHA-256 of one outside input; raises the error of whatever cannot be read."""
+    if name == "model":
+        return digest_of_bytes(load_config(recipe.model).text.encode())
+    if name == "checkpoint":
+        if recipe.checkpoint is None:
+            return "none"
+        path = Path(recipe.checkpoint)
+        if not path.is_file():
+            raise CheckpointError(f"there is no checkpoint {path}.", fix="give the path of a .pth or .safetensors file")
+        return digest_of_file(path)
+    if name == "frames":
+        plan = frame_plan(recipe, load_config(recipe.model))
+        files = sorted({ref.path for ref in plan.frames if ref.path is not None})
+        content = {
+            "frames": [ref.as_json() for ref in plan.frames],
+            "files": {path: digest_of_file(Path(path)) for path in files},
+        }
+        return digest_of_bytes(canonical_json(content).encode())
+    raise InternalError(f"no outside input is called '{name}'")

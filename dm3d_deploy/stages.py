@@ -1,0 +1,144 @@
+"""The visible list of stages. Their order is data; each is a function from files to files, imported when it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dm3d_deploy.progress import Watch
+from dm3d_deploy.recipe import Recipe
+
+FILES = {
+    "model_config": "model.yaml",
+    "dense_weights": "weights/dense.safetensors",
+    "model_info": "work/model.json",
+    "frames": "work/frames.safetensors",
+    "frames_info": "work/frames.json",
+    "output_scale": "work/output_scale.json",
+    "layers": "work/layers.json",
+    "gradients": "work/gradients",
+    "curves": "work/curves.json",
+    "scores": "work/scores.safetensors",
+    "allocation": "work/allocation.json",
+    "masks": "weights/masks.safetensors",
+    "masks_info": "work/masks.json",
+    "pruned_weights": "weights/pruned.safetensors",
+    "recovery": "work/recovery.json",
+    "dense_bev_head": "onnx/dense/bev_head.onnx",
+    "dense_backbone3d": "onnx/dense/backbone3d.onnx",
+    "bev_head": "onnx/bev_head.onnx",
+    "backbone3d": "onnx/backbone3d.onnx",
+    "export_info": "work/export.json",
+    "bev_head_engine": "engines/bev_head.rtx.engine",
+    "engines_info": "engines/engines.json",
+    "engine_log": "engines/bev_head.rtx.log",
+    "verification": "work/verification.json",
+    "dense_detections": "detections/dense.json",
+    "pruned_detections": "detections/pruned.json",
+    "latency": "work/latency.json",
+    "report": "report.json",
+    "report_page": "report.html",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One step of the line.
+
+    `reads` and `writes` are kinds of FILES, `recipe` the recipe fields it depends on, `outside` the inputs that lie
+    outside the run. A `transient` output may be deleted once the next stage is done; what is not `reproducible`
+    (times, the machine) is recorded in measurements.json, not in the manifest.
+    """
+
+    name: str
+    says: str
+    run: str
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    recipe: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    transient: bool = False
+    reproducible: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """What a stage function gets: where the run lies, what was asked for, and who watches."""
+
+    root: Path
+    recipe: Recipe
+    watch: Watch
+
+    def path(self, kind: str) -> Path:
+        """Where a kind of file lies in this run."""
+        return self.root / FILES[kind]
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        name="load", says="read the detector", run="dm3d_deploy.steps.inputs:load",
+        writes=("model_config", "dense_weights", "model_info"), recipe=("model", "checkpoint", "seed"),
+        outside=("model", "checkpoint"),
+    ),
+    Stage(
+        name="frames", says="gather point clouds", run="dm3d_deploy.steps.inputs:frames",
+        reads=("model_config",), writes=("frames", "frames_info"),
+        recipe=("frames", "calibration_frames", "selection_frames", "held_out_frames", "seed"), outside=("frames",),
+    ),
+    Stage(
+        name="gradients", says="sketch the detector's sensitivity", run="dm3d_deploy.steps.prune:gradients",
+        reads=("model_config", "dense_weights", "frames", "frames_info"),
+        writes=("gradients", "output_scale", "layers"),
+        recipe=("scope", "sketches", "lambda_box", "lambda_score", "box_cells", "seed"), transient=True,
+    ),
+    Stage(
+        name="curves", says="price every ratio of every layer", run="dm3d_deploy.steps.prune:curves",
+        reads=("dense_weights", "gradients", "layers"), writes=("curves", "scores"),
+        recipe=("ratios", "damping", "kappa"),
+    ),
+    Stage(
+        name="allocate", says="spend the budget", run="dm3d_deploy.steps.prune:allocate",
+        reads=("layers", "curves"), writes=("allocation",), recipe=("target", "scope", "patterns", "device"),
+    ),
+    Stage(
+        name="mask", says="choose the weights", run="dm3d_deploy.steps.prune:mask",
+        reads=("layers", "allocation", "scores"), writes=("masks", "masks_info"), recipe=("ratios",),
+    ),
+    Stage(
+        name="recover", says="re-estimate batch norm", run="dm3d_deploy.steps.prune:recover",
+        reads=("model_config", "dense_weights", "masks", "frames", "frames_info", "output_scale"),
+        writes=("pruned_weights", "recovery"), recipe=("lambda_box", "lambda_score", "box_cells"),
+    ),
+    Stage(
+        name="export", says="write ONNX", run="dm3d_deploy.steps.deploy:export",
+        reads=("model_config", "dense_weights", "pruned_weights"),
+        writes=("bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d", "export_info"), recipe=("precision",),
+    ),
+    Stage(
+        name="engine", says="build engines", run="dm3d_deploy.steps.deploy:engine",
+        reads=("bev_head",), writes=("engines_info",), optional=("bev_head_engine", "engine_log"),
+        recipe=("device", "precision"), reproducible=False,
+    ),
+    Stage(
+        name="verify", says="compare with the detector in torch", run="dm3d_deploy.steps.verify:verify",
+        reads=("model_config", "dense_weights", "pruned_weights", "masks", "frames", "frames_info", "output_scale",
+               "bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d"),
+        writes=("verification", "dense_detections", "pruned_detections"),
+        recipe=("precision", "lambda_box", "lambda_score", "box_cells"),
+    ),
+    Stage(
+        name="bench", says="measure latency here", run="dm3d_deploy.steps.deploy:bench",
+        reads=("model_config", "frames", "frames_info", "bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d"),
+        writes=("latency",), recipe=("bench_repeats", "precision"), reproducible=False,
+    ),
+    Stage(
+        name="report", says="write the report", run="dm3d_deploy.steps.report:report",
+        reads=("model_config", "model_info", "frames", "frames_info", "layers", "allocation", "masks_info", "recovery",
+               "export_info", "engines_info", "verification", "dense_detections", "pruned_detections", "latency"),
+        writes=("report", "report_page"),
+        recipe=("target", "scope", "patterns", "device", "precision"), reproducible=False,
+    ),
+)  # fmt: skip
+
+STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -1,0 +1,1 @@
+"""What each stage does: thin functions that read files, call one room and write files."""
