@@ -129,6 +129,9 @@ def sparse_pair_counts(detector: Detector, coords: Int64[Tensor, "voxels 4"]) ->
     return counts
 
 
+Norm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PrunableLayer:
     """A layer with weights: where it is, what it is, and the batch norm that follows it.
@@ -140,7 +143,7 @@ class PrunableLayer:
     part: str
     kind: str
     module: nn.Module
-    norm: nn.Module | None
+    norm: Norm | None
     norm_name: str | None
     final: bool
 
@@ -186,11 +189,9 @@ def _layers(detector: Detector, scope: str, part: str) -> Iterator[PrunableLayer
         kind = next((kind for cls, kind in KINDS if isinstance(module, cls)), None)
         if kind is None:
             continue
-        normed = isinstance(following, nn.BatchNorm1d | nn.BatchNorm2d)
+        norm = following if isinstance(following, Norm) else None
         final = part == "head" and name.split(".")[-2] in _branch_names(detector)
-        yield PrunableLayer(
-            name, part, kind, module, following if normed else None, next_name if normed else None, final
-        )
+        yield PrunableLayer(name, part, kind, module, norm, next_name if norm is not None else None, final)
 
 
 def _branch_names(detector: Detector) -> set[str]:
