@@ -1,0 +1,135 @@
+"""report.json -> one HTML page that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dm3d_deploy.reporting import charts, facts
+from dm3d_deploy.reporting.schema import PARTS, validate_report
+
+HERE = Path(__file__).resolve().parent
+UNSTEADY_VARIATION = 0.025  # trtexec warns from here on
+NOTHING = "–"  # noqa: RUF001 - a dash for the eye
+
+
+def render_html(report: Mapping[str, Any]) -> str:
+    """The page of a valid report; equal reports give equal bytes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    validate_report(report)
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=facts.percent,
+        scaled=facts.scaled,
+        size=facts.size,
+        ms=facts.milliseconds,
+        seconds=facts.duration,
+        sig=_significant_or_dash,
+        grouped=lambda value: f"{value:,}",
+    )
+    return environment.get_template("report.html.j2").render(_context(report))
+
+
+def _significant_or_dash(value: float | None) -> str:
+    return NOTHING if value is None else facts.significant(value)
+
+
+def _context(report: Mapping[str, Any]) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    pictures = {name: Markup(svg) for name, svg in _charts(report).items()}  # noqa: S704 - our own SVG, text escaped
+    distortion, how = facts.final_distortion(report)
+    return {
+        "r": report,
+        "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+        "charts": pictures,
+        "part_titles": facts.PART_TITLES,
+        "parts": _part_rows(report),
+        "tags": _tags(report),
+        "distortion": distortion,
+        "distortion_how": how,
+        "headline": facts.headline_pair(report),
+        "latency": _latency_rows(report),
+        "latency_groups": _latency_groups(report),
+        "passed_parity": sum(comparison["passed"] for comparison in report["parity"]),
+        "picture": report["detections"] and report["detections"]["picture"],
+    }
+
+
+def _tags(report: Mapping[str, Any]) -> list[str]:
+    """Words that must stand beside every number that a network or a frame took part in."""
+    words = [] if report["model"]["trained"] else ["untrained weights"]
+    return [*words, "simulated frames"] if report["frames"]["simulated"] else words
+
+
+def _charts(report: Mapping[str, Any]) -> dict[str, str]:
+    drawn = {"macs": charts.macs_chart(report), "distortion": charts.distortion_chart(report)}
+    for part in PARTS:
+        if any(layer["part"] == part for layer in report["layers"]):
+            drawn[f"allocation_{part}"] = charts.allocation_chart(report["layers"], part)
+    for index, entries in enumerate(_latency_groups(report).values()):
+        drawn[f"latency_{index}"] = charts.latency_chart(entries, str(index))
+    return drawn
+
+
+def _part_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The MACs table: each part, then both denominators."""
+    by_part = report["macs"]["by_part"]
+    rows = [(facts.PART_TITLES[part], part, by_part[part]) for part in facts.PART_TITLES if part in by_part]
+    rows += [("Backbones (3D + 2D)", "sum", facts.backbone_macs(report)), ("Whole model", "sum", report["macs"])]
+    return [
+        {
+            "title": title,
+            "part": part,
+            **{column: macs[column] for column in ("dense", "kept", "executed")},
+            "kept_share": facts.share_of(macs, "kept"),
+            "executed_share": facts.share_of(macs, "executed"),
+        }
+        for title, part, macs in rows
+    ]
+
+
+def _latency_groups(report: Mapping[str, Any]) -> dict[tuple[str, str, bool], list[Mapping[str, Any]]]:
+    """Entries that may stand on one axis: the same backend, clock and standing."""
+    groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
+    for entry in report["latency"]:
+        groups.setdefault((entry["backend"], entry["clock"], entry["measured"]), []).append(entry)
+    return groups
+
+
+def _latency_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    words = {id(pair.other): pair.words for pair in facts.latency_pairs(report)}
+    return [
+        {
+            **entry,
+            "change": words.get(id(entry), NOTHING),
+            "variation": _variation(entry["samples_ms"]),
+            "unsteady": (_variation(entry["samples_ms"]) or 0) > UNSTEADY_VARIATION,
+            "voxel_range": _range(entry["voxels"]),
+        }
+        for entry in report["latency"]
+    ]
+
+
+def _variation(samples_ms: Sequence[float]) -> float | None:
+    """Coefficient of variation (sample standard deviation over mean); None where it has no meaning."""
+    if len(samples_ms) < 2 or sum(samples_ms) <= 0:
+        return None
+    mean = sum(samples_ms) / len(samples_ms)
+    return math.sqrt(sum((sample - mean) ** 2 for sample in samples_ms) / (len(samples_ms) - 1)) / mean
+
+
+def _range(values: Sequence[int]) -> str:
+    if not values:
+        return NOTHING
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
