@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 
 from dm3d_deploy.pointcloud import Boxes3D
 
-NEAR_PAIR_ROWS = 512
+SWEEP_ROWS = 256  # bounds the memory of a sweep in which every box is near every other
 
 
 def wrap_angle(angle: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -54,7 +54,7 @@ def intersection_bev(
     Green's theorem in the frame of `a`, where `a` is |x| <= hx, |y| <= hy: the area is minus the sum over the edges of
     `b`, taken counter-clockwise, of the integral of clamp(y, -hy, hy) dx over the part with |x| <= hx. Each edge is a
     straight line, so its integral is a closed form; nothing is ordered and no case is special, so touching, identical
-    and empty rectangles need no tolerance.
+    and empty rectangles need no tolerance. Rounding stays near 1e-16 of the area of `a`, also where nothing is shared.
     """
     cos, sin = np.cos(a[:, 4]), np.sin(a[:, 4])
     dx, dy = b[:, 0] - a[:, 0], b[:, 1] - a[:, 1]
@@ -87,16 +87,22 @@ def iou_bev_pairs(
 def near_pairs(
     a: Float64[np.ndarray, "rows 5"], b: Float64[np.ndarray, "columns 5"]
 ) -> tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray, " pairs"]]:
-    """Row and column of every pair whose circumscribed circles meet, rows ascending, then columns."""
+    """Row and column of every pair whose circumscribed circles meet, rows ascending."""
     radius_a, radius_b = np.hypot(a[:, 2], a[:, 3]) / 2, np.hypot(b[:, 2], b[:, 3]) / 2
+    order = np.argsort(b[:, 0], kind="stable")
+    x = b[order, 0]
+    reach = radius_a + radius_b.max(initial=0.0)
+    first, last = np.searchsorted(x, a[:, 0] - reach), np.searchsorted(x, a[:, 0] + reach, side="right")
     rows, columns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for first in range(0, len(a), NEAR_PAIR_ROWS):
-        part = slice(first, first + NEAR_PAIR_ROWS)
-        squared = np.square(a[part, 0, None] - b[None, :, 0])
-        squared += np.square(a[part, 1, None] - b[None, :, 1])
-        row, column = np.nonzero(squared <= np.square(radius_a[part, None] + radius_b[None, :]))
-        rows.append(row + first)
-        columns.append(column)
+    for start in range(0, len(a), SWEEP_ROWS):
+        part = slice(start, start + SWEEP_ROWS)
+        count = last[part] - first[part]
+        row = np.repeat(np.arange(start, start + len(count)), count)
+        column = order[np.arange(len(row)) + np.repeat(first[part] - np.cumsum(count) + count, count)]
+        squared = np.square(a[row, 0] - b[column, 0]) + np.square(a[row, 1] - b[column, 1])
+        near = squared <= np.square(radius_a[row] + radius_b[column])
+        rows.append(row[near])
+        columns.append(column[near])
     return np.concatenate(rows), np.concatenate(columns)
 
 
