@@ -122,12 +122,16 @@ def artifact_of(root: Path, path: str, kind: str) -> Artifact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
-    """An ONNX file and its interface: tensor name -> (element type, shape)."""
+    """An ONNX file and its interface: tensor name -> (element type, shape).
+
+    `rounded_to_zero` counts weights other than zero that became zero in the graph's precision.
+    """
 
     artifact: Artifact
     inputs: Mapping[str, tuple[str, tuple[int, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int, ...]]]
     opset: int
+    rounded_to_zero: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

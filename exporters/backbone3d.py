@@ -1,0 +1,284 @@
+"""The 3D backbone as one ONNX node, `dm3d::SparseBackbone3d`, whose function body every runtime can execute.
+
+    SparseBackbone3d(features f32[max_voxels, C], coords i32[max_voxels, 4], count i32[1])
+        -> bev f32[1, C_out * D, H, W], status i32[S]
+
+`coords` are (batch, z, y, x), unique cells inside the grid, in any order; rows from `count` on are not read, and the
+batch column is not either: one frame at a time. `status[0]` is the number of active sites of the input stage, and
+`status[i]` that after the i-th strided layer; for VoxelResBackBone8x: conv_input and conv1, conv2, conv3, conv4,
+conv_out. A runtime that knows the node (the TensorRT plugin) replaces the body; others run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from jaxtyping import Float32
+from onnx import TensorProto, helper
+
+from dm3d_deploy.artifacts import Graph
+from dm3d_deploy.errors import ExportError
+from exporters import sparse_functions as fn
+from exporters.graph_files import write_graph
+from exporters.sparse_functions import Triple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dm3d_deploy.models.detector import Detector
+
+NODE = "SparseBackbone3d"
+FIX = "export a VoxelResBackBone8x"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseLayer:
+    """One sparse convolution, its bias, then ReLU. Layers of one `key` share sites and rulebook.
+
+    `adds`: the name of the earlier layer whose result is added before the ReLU, or nothing.
+    """
+
+    name: str
+    weight: Float32[np.ndarray, "cout kz ky kx cin"]
+    bias: Float32[np.ndarray, " cout"]
+    stride: Triple
+    padding: Triple
+    submanifold: bool
+    key: str
+    adds: str = ""
+
+    def __post_init__(self) -> None:
+        reach = [pad > fn.HALO for pad in self.padding]
+        if any(reach) or (self.submanifold and any(size % 2 == 0 for size in self.kernel)):
+            raise ExportError(
+                f"{self.name}: kernel {self.kernel} with padding {self.padding} cannot be written.",
+                fix="use paddings of 0 or 1, and odd kernels of at most 3 in sub-manifold layers",
+            )
+
+    @property
+    def kernel(self) -> Triple:
+        """Kernel size along z, y, x."""
+        _, z, y, x, _ = self.weight.shape
+        return z, y, x
+
+    @property
+    def taps(self) -> list[int]:
+        """Kept taps in the order of summation: the centre of a sub-manifold kernel first."""
+        centre = fn.centre_tap(self.kernel)
+        return sorted(fn.kept_taps(self.weight), key=lambda tap: (not (self.submanifold and tap == centre), tap))
+
+    @property
+    def paired_taps(self) -> list[int]:
+        """Kept taps that need pairs of rows: all but the centre of a sub-manifold kernel."""
+        centre = fn.centre_tap(self.kernel) if self.submanifold else -1
+        return [tap for tap in self.taps if tap != centre]
+
+
+class _Assembly:
+    """Writes the body of SparseBackbone3d layer by layer and collects the functions that it calls."""
+
+    def __init__(self, layers: Sequence[SparseLayer], grid: Triple) -> None:
+        self.body = fn.Body()
+        self.functions: dict[str, onnx.FunctionProto] = {}
+        self.grid = grid
+        self.counts: list[str] = []
+        self.taps: dict[str, set[int]] = {}
+        for layer in layers:
+            self.taps.setdefault(layer.key, set()).update(layer.paired_taps)
+        self.booked: set[str] = set()
+        self.stage = ""
+
+    def _define(self, function: onnx.FunctionProto) -> str:
+        self.functions[function.name] = function
+        return str(function.name)
+
+    def _index(self, stage: str, cells: str) -> None:
+        """Make the sites of `cells` the current stage."""
+        body, index = self.body, "x".join(map(str, self.grid))
+        function = self._define(fn.index_function(f"CellIndex_{index}", self.grid))
+        outputs = [f"{stage}.{part}" for part in ("sites", "order", "plane", "table")]
+        body.call(function, [cells], outputs, f"{stage}.index", grid=self.grid)
+        self.counts.append(body.op("Shape", outputs[0], start=1, end=2))
+        self.stage = stage
+
+    def enter(self) -> str:
+        """Cut the padding off, index the voxels, and put their features into raster order."""
+        body = self.body
+        count = body.op("Max", body.op("Cast", "count", to=TensorProto.INT64), body.ints([0]))
+        first, axis = body.ints([0]), body.ints([0])
+        coords = body.op("Slice", "coords", first, count, axis)
+        zyx = body.op("Slice", coords, body.ints([1]), body.ints([4]), body.ints([1]))
+        cells = body.op("Transpose", body.op("Cast", zyx, to=TensorProto.INT64), perm=[1, 0])
+        self._index("input", cells)
+        features = body.op("Slice", "features", first, count, axis)
+        return body.op("Gather", features, "input.order", axis=0)
+
+    def _rulebook(self, layer: SparseLayer, source: str, grid: Triple) -> None:
+        """Emit the rulebook of the layer's key unless an earlier layer of the same key did, or no tap is left."""
+        taps = sorted(self.taps[layer.key])
+        if layer.key in self.booked or not taps:
+            return
+        self.booked.add(layer.key)
+        shape = (grid, layer.kernel, layer.stride, layer.padding)
+        kind = "SubM" if layer.submanifold else "Strided"
+        function = self._define(fn.rulebook_function(f"{kind}Rulebook_{layer.key}", *shape, taps))
+        outputs = [f"{layer.key}.{pair}" for pair in fn.rulebook_pairs(taps)]
+        inputs = [f"{self.stage}.sites", f"{source}.plane", f"{source}.table"]
+        kernel, stride, padding = layer.kernel, layer.stride, layer.padding
+        self.body.call(
+            function, inputs, outputs, f"{layer.key}.rulebook",
+            grid=grid, kernel=kernel, stride=stride, padding=padding, taps=taps,
+        )  # fmt: skip
+
+    def _down(self, layer: SparseLayer) -> None:
+        """Move to the output sites of a strided layer."""
+        grid, source, cells = self.grid, self.stage, f"{layer.key}.cells"
+        shape = (grid, layer.kernel, layer.stride, layer.padding)
+        self.grid = fn.output_grid(*shape)
+        if min(self.grid) < 1:
+            raise ExportError(f"{layer.name}: a grid of {grid} leaves no output.", fix="use a larger point cloud range")
+        function = self._define(fn.strided_cells_function(f"StridedCells_{layer.key}", *shape))
+        attributes = {"grid": grid, "kernel": layer.kernel, "stride": layer.stride, "padding": layer.padding}
+        self.body.call(function, [f"{source}.sites"], [cells], cells, **attributes)
+        self._index(layer.key, cells)
+        self._rulebook(layer, source, grid)
+
+    def convolve(self, layer: SparseLayer, features: str) -> str:
+        """Emit one layer; returns the name of its result."""
+        body = self.body
+        if layer.submanifold:
+            self._rulebook(layer, self.stage, self.grid)
+        else:
+            self._down(layer)
+        taps, paired = layer.taps, layer.paired_taps
+        centre = len(taps) > len(paired)
+        kind = "SubMConv3d" if centre else "SparseConv3d"
+        function = self._define(fn.convolution_function(f"{kind}_{len(paired)}", len(paired), centre=centre))
+        weight = body.constant(fn.packed_taps(layer.weight, taps), output=f"{layer.name}.weight")
+        bias = body.constant(layer.bias.astype(np.float32), output=f"{layer.name}.bias")
+        pairs = [f"{layer.key}.{pair}" for pair in fn.rulebook_pairs(paired)]
+        total = f"{layer.name}.sum"
+        inputs = [features, f"{self.stage}.sites", weight, bias, *pairs]
+        body.call(function, inputs, [total], layer.name, kernel=layer.kernel, taps=taps)
+        if layer.adds:
+            total = body.op("Add", total, layer.adds)
+        return body.op("Relu", total, output=layer.name)
+
+    def leave(self, features: str, channels: int) -> None:
+        """Emit the BEV map and the status."""
+        function = self._define(fn.bev_function("ToBev", self.grid, channels))
+        self.body.call(function, [features, f"{self.stage}.sites"], ["bev"], "to_bev", grid=self.grid)
+        counts = self.body.op("Concat", *self.counts, axis=0)
+        self.body.op("Cast", counts, to=TensorProto.INT32, output="status")
+
+
+def backbone_model(layers: Sequence[SparseLayer], *, grid_zyx: Triple, max_voxels: int) -> onnx.ModelProto:
+    """The whole model from plain layers; `grid_zyx` is the sparse grid of the input."""
+    assembly = _Assembly(layers, grid_zyx)
+    features = assembly.enter()
+    for layer in layers:
+        features = assembly.convolve(layer, features)
+    channels = len(layers[-1].bias)
+    assembly.leave(features, channels)
+    inputs, outputs = ["features", "coords", "count"], ["bev", "status"]
+    main = assembly.body.function(NODE, inputs, outputs, ["grid", "max_voxels"])
+    node = helper.make_node(
+        NODE, inputs, outputs, name="backbone_3d", domain=fn.DOMAIN, **fn.PLUGIN, grid=grid_zyx, max_voxels=max_voxels
+    )
+    depth, height, width = assembly.grid
+    tensor = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [node],
+        "backbone_3d",
+        [
+            tensor("features", TensorProto.FLOAT, [max_voxels, layers[0].weight.shape[-1]]),
+            tensor("coords", TensorProto.INT32, [max_voxels, 4]),
+            tensor("count", TensorProto.INT32, [1]),
+        ],
+        [
+            tensor("bev", TensorProto.FLOAT, [1, channels * depth, height, width]),
+            tensor("status", TensorProto.INT32, [len(assembly.counts)]),
+        ],
+    )
+    model = helper.make_model(
+        graph,
+        producer_name="dm3d-deploy",
+        ir_version=fn.IR_VERSION,
+        functions=[*assembly.functions.values(), main],
+        opset_imports=[helper.make_opsetid("", fn.OPSET), helper.make_opsetid(fn.DOMAIN, 1)],
+    )
+    helper.set_model_props(model, {"dm3d.grid_zyx": ",".join(map(str, grid_zyx))})
+    return model
+
+
+def _layer(name: str, conv: nn.Module, adds: str = "") -> SparseLayer:
+    from dm3d_deploy.models.sparse import SparseConv3d, SubMConv3d
+
+    if not isinstance(conv, SparseConv3d | SubMConv3d):
+        raise ExportError(f"{name} is a {type(conv).__name__}, not a sparse convolution.", fix=FIX)
+    z, y, x = conv.kernel
+    return SparseLayer(
+        name=name,
+        weight=_array(conv.weight),
+        bias=np.zeros(conv.out_channels, np.float32) if conv.bias is None else _array(conv.bias),
+        stride=(1, 1, 1) if isinstance(conv, SubMConv3d) else conv.stride,
+        padding=(z // 2, y // 2, x // 2) if isinstance(conv, SubMConv3d) else conv.padding,
+        submanifold=isinstance(conv, SubMConv3d),
+        key=conv.indice_key,
+        adds=adds,
+    )
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().cpu().numpy().astype(np.float32)
+    return array
+
+
+def _layers_of(name: str, module: nn.Module, source: str) -> Iterator[SparseLayer]:
+    """The layers of one module; `source` is the layer that feeds it."""
+    from dm3d_deploy.models.backbone3d import ConvNormReLU, SparseBasicBlock
+
+    if isinstance(module, ConvNormReLU):
+        yield _layer(f"{name}.0", module[0])
+    elif isinstance(module, SparseBasicBlock):
+        yield _layer(f"{name}.conv1", module.conv1)
+        yield _layer(f"{name}.conv2", module.conv2, adds=source)
+    elif type(module).__name__ == "Sequential":
+        for child, inner in module.named_children():
+            for layer in _layers_of(f"{name}.{child}", inner, source):
+                yield layer
+                source = layer.name
+    else:
+        raise ExportError(
+            f"{name} is a {type(module).__name__}: the exporter knows ConvNormReLU and SparseBasicBlock.",
+            fix=FIX,
+        )
+
+
+def sparse_layers(detector: Detector) -> tuple[SparseLayer, ...]:
+    """The 3D backbone as plain layers in forward order, batch norms folded, named as the torch modules are."""
+    from dm3d_deploy.models.fold import fold_batch_norms
+
+    layers: list[SparseLayer] = []
+    for name, module in fold_batch_norms(detector).backbone_3d.named_children():
+        layers += _layers_of(name, module, layers[-1].name if layers else "")
+    return tuple(layers)
+
+
+def export_backbone3d(detector: Detector, path: Path, *, max_voxels: int) -> Graph:
+    """Write the 3D backbone, batch norms folded, taps without weights left out; equal detectors give equal bytes."""
+    if max_voxels < 1:
+        raise ExportError(f"max_voxels is {max_voxels}.", fix="give the backbone room for at least one voxel")
+    layers = sparse_layers(detector)
+    finite = [layer.name for layer in layers if not (np.isfinite(layer.weight).all() and np.isfinite(layer.bias).all())]
+    if finite:
+        raise ExportError(
+            f"{len(finite)} layers hold weights that are not finite, first {finite[0]}.", fix="check the checkpoint"
+        )
+    model = backbone_model(layers, grid_zyx=detector.backbone_3d.shape_zyx, max_voxels=max_voxels)
+    return write_graph(model, path, kind="backbone3d")

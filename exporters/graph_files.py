@@ -1,0 +1,99 @@
+"""ONNX files out and in: written whole and checked; read with a size limit and without trust."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto, helper
+
+from dm3d_deploy.artifacts import Graph, artifact_of, write_bytes
+from dm3d_deploy.errors import ExportError
+
+MAX_GRAPH_BYTES = 1 << 30
+
+
+def safe_load(path: Path, *, max_bytes: int = MAX_GRAPH_BYTES) -> onnx.ModelProto:
+    """Read an ONNX file: at most `max_bytes`, no external data, structurally valid; anything else is an ExportError."""
+    fix = "give an ONNX file that this tool exported"
+    if not path.is_file():
+        raise ExportError(f"{path} is not a file.", fix=fix)
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ExportError(f"{path} has {size} bytes; at most {max_bytes} are read.", fix=fix)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+        refuse_external_data(model, path)
+        onnx.checker.check_model(model)
+    except DecodeError:
+        raise ExportError(f"{path} with {size} bytes is not an ONNX file.", fix=fix) from None
+    except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path} is not a valid ONNX graph: {_first_line(error)}", fix=fix) from None
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def refuse_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """ExportError if any tensor lies in another file: such a path may lead anywhere."""
+    for tensor in _tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            raise ExportError(
+                f"{path}: tensor '{tensor.name}' lies in another file.", fix="save the graph with its weights inside"
+            )
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from model.graph.initializer
+    for sparse in model.graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    stack = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while stack:
+        for attribute in stack.pop().attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from graph.initializer
+                stack.extend(graph.node)
+
+
+def interface(values: list[onnx.ValueInfoProto]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (element type, shape) of graph inputs or outputs; ExportError for a shape that is not static."""
+    found = {}
+    for value in values:
+        tensor = value.type.tensor_type
+        if not tensor.HasField("shape") or any(
+            not d.HasField("dim_value") or d.dim_value < 1 for d in tensor.shape.dim
+        ):
+            dims = [d.dim_value or d.dim_param or "?" for d in tensor.shape.dim]
+            raise ExportError(
+                f"'{value.name}' has the shape {dims}, which is not static.", fix="export again with static shapes"
+            )
+        shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+        found[value.name] = (helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
+    return found
+
+
+def write_graph(model: onnx.ModelProto, path: Path, *, kind: str, rounded_to_zero: int = 0) -> Graph:
+    """Check a model and write it whole; the artefact's path is relative to the file's folder."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"{path.name} is not a valid ONNX graph: {_first_line(error)}", fix="report this with the detector's YAML"
+        ) from error
+    inputs, outputs = interface(list(model.graph.input)), interface(list(model.graph.output))
+    write_bytes(path, model.SerializeToString(deterministic=True))
+    return Graph(
+        artifact=artifact_of(path.parent, path.name, kind),
+        inputs=inputs,
+        outputs=outputs,
+        opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
+        rounded_to_zero=rounded_to_zero,
+    )
