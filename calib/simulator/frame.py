@@ -1,0 +1,107 @@
+"""One simulated frame: draw a world from a seed, drive the sensor through it, keep what it would have seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from calib.simulator.cast import Pose, cast
+from calib.simulator.clutter import furnish
+from calib.simulator.returns import Returns, measure
+from calib.simulator.road import draw_ground, draw_road
+from calib.simulator.scene import Scene
+from calib.simulator.sensor import Sensor, sensor_named
+from calib.simulator.traffic import populate
+from dm3d_deploy.errors import UsageError
+from dm3d_deploy.pointcloud import Boxes3D, PointCloud
+
+_NOISE_MARGIN_M = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedFrame:
+    """A cloud and its labels in the sensor frame; labels are 0-based into `CLASS_NAMES`.
+
+    `num_points` counts the points of the cloud that came from each object and lie in its box. Objects without a
+    single point are kept: the caller decides how many points make an object visible.
+    """
+
+    cloud: PointCloud
+    boxes: Boxes3D
+    labels: Int64[np.ndarray, " boxes"]
+    num_points: Int64[np.ndarray, " boxes"]
+    seed: int
+    sensor: str
+
+
+def simulate_frame(
+    seed: int, *, sensor: str = "nuscenes32", sweeps: int | None = None, rare: float = 1.0
+) -> SimulatedFrame:
+    """The frame of that seed, the same bits every time.
+
+    `sweeps` defaults to what the sensor's data set stacks into a frame; `rare` multiplies the share of trucks, buses,
+    trailers and construction vehicles. Raises `UsageError` for an unknown sensor, no sweep, or a share below zero.
+    """
+    model = sensor_named(sensor)
+    count = model.sweeps if sweeps is None else sweeps
+    if count < 1:
+        raise UsageError(f"a frame of {count} sweeps has no points.", fix="ask for one sweep or more")
+    if rare < 0:
+        raise UsageError(f"the share of rare classes cannot be multiplied by {rare}.", fix="use a factor of 0 or more")
+    random = np.random.Generator(np.random.PCG64(seed))
+    road = draw_road(random)
+    scene = Scene(road, draw_ground(road, random, model.tilt_jitter_rad), random)
+    populate(scene, density=float(random.uniform(0.4, 1.3)), rare=rare)
+    furnish(scene)
+    objects, primitives = scene.objects(), scene.primitives.table()
+    owned = np.append(objects[:, 7:9], np.zeros((1, 2)), axis=0)[primitives.owner]
+    poses = _drive(model, count, random)
+    echoes = cast(model, poses, scene.ground, primitives, owned, random)
+    seen = measure(model, poses, scene.ground, primitives, echoes, random)
+    return SimulatedFrame(
+        cloud=PointCloud(points=seen.points, columns=model.columns, source=f"simulated {sensor} frame {seed}"),
+        boxes=_boxes(objects, poses[0]),
+        labels=scene.labels(),
+        num_points=_count(objects, poses[0], seen),
+        seed=seed,
+        sensor=sensor,
+    )
+
+
+def _drive(sensor: Sensor, count: int, random: np.random.Generator) -> list[Pose]:
+    """Where the sensor was during each sweep, the key frame first, at constant speed and yaw rate."""
+    height = sensor.height_m + float(np.clip(random.normal(), -2.5, 2.5)) * sensor.height_jitter_m
+    speed = 0.0 if random.random() < 0.25 else random.uniform(1, 14)
+    turn_rate = random.normal(0, 0.08) if speed else 0.0
+    poses = []
+    for sweep in range(count):
+        lag = sweep * sensor.sweep_interval_s
+        yaw = -turn_rate * lag
+        back = -speed * lag
+        place = np.array([back * math.cos(yaw / 2), back * math.sin(yaw / 2), height])
+        poses.append(Pose(origin=place, yaw=yaw, lag_s=lag))
+    return poses
+
+
+def _boxes(objects: Float64[np.ndarray, "objects 9"], key: Pose) -> Boxes3D:
+    return Boxes3D(
+        centre=(objects[:, :3] - key.origin).astype(np.float32),
+        size=objects[:, 3:6].astype(np.float32),
+        yaw=((objects[:, 6] + np.pi) % (2 * np.pi) - np.pi).astype(np.float32),
+        velocity=objects[:, 7:9].astype(np.float32),
+    )
+
+
+def _count(objects: Float64[np.ndarray, "objects 9"], key: Pose, seen: Returns) -> Int64[np.ndarray, " objects"]:
+    """Points of each object inside its own box, with a margin for the noise of the range."""
+    rows = np.flatnonzero(seen.owner >= 0)
+    owner = seen.owner[rows]
+    boxes = objects[owner]
+    away = seen.points[rows, :3] + key.origin - boxes[:, :3]
+    along, across = np.cos(boxes[:, 6]), np.sin(boxes[:, 6])
+    local = np.stack([along * away[:, 0] + across * away[:, 1], along * away[:, 1] - across * away[:, 0], away[:, 2]])
+    inside = (np.abs(local) <= boxes[:, 3:6].T / 2 + _NOISE_MARGIN_M).all(axis=0)
+    return np.bincount(owner[inside], minlength=len(objects)).astype(np.int64)
