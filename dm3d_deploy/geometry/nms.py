@@ -9,7 +9,7 @@ from dm3d_deploy.errors import InternalError
 from dm3d_deploy.geometry.boxes import bev_from_boxes, iou_bev_pairs, near_pairs
 from dm3d_deploy.pointcloud import Boxes3D
 
-BLOCK = 128  # boxes whose overlaps are computed at once; more would compute overlaps with boxes already removed
+BLOCK = 64  # boxes whose overlaps are computed at once; more would compute overlaps with boxes already removed
 
 
 def order_by_score(scores: Float32[np.ndarray, " boxes"]) -> Int64[np.ndarray, " boxes"]:
