@@ -68,43 +68,14 @@ class Detector(nn.Module):
 
 def build_detector(config: DetectorConfig) -> Detector:
     """A detector in eval mode, its sparse weights zero: load a checkpoint or seed it. UsageError if it cannot exist."""
-    flat = config.backbone_2d
-    lengths = {len(flat.layer_nums), len(flat.strides), len(flat.filters)}
-    if len(lengths | {len(flat.upsample_strides), len(flat.upsample_filters)}) != 1:
-        raise UsageError(
-            f"BACKBONE_2D of {config.name} lists different numbers of blocks: {flat.layer_nums}, {flat.strides}, "
-            f"{flat.filters}, {flat.upsample_strides}, {flat.upsample_filters}.",
-            fix="give LAYER_NUMS, LAYER_STRIDES, NUM_FILTERS, UPSAMPLE_STRIDES and NUM_UPSAMPLE_FILTERS equally long",
-        )
     first, stage1 = config.backbone_3d.channels[:2]
     if first != stage1:
         raise UsageError(
-            f"conv_input has {first} channels and conv1 has {stage1}: a residual stage keeps its channels.",
-            fix="make the first two channels equal",
+            f"conv_input of {config.name} has {first} channels and conv1 has {stage1}: a residual stage keeps its "
+            "channels.",
+            fix="make the first two numbers of CHANNELS equal",
         )
-    detector = Detector(config)
-    depth, height, width = detector.backbone_3d.out_shape_zyx
-    if depth * config.backbone_3d.channels[-1] != config.bev_channels:
-        raise UsageError(
-            f"the 3D backbone of {config.name} ends with {depth} x {config.backbone_3d.channels[-1]} channels, "
-            f"and MAP_TO_BEV expects {config.bev_channels}.",
-            fix=f"set NUM_BEV_FEATURES to {depth * config.backbone_3d.channels[-1]}, or change the range along z",
-        )
-    _check_resolutions(config, height, width)
-    return detector.eval()
-
-
-def _check_resolutions(config: DetectorConfig, height: int, width: int) -> None:
-    """Every block must come back to one resolution before the concatenation."""
-    sizes = set()
-    for stride, up in zip(config.backbone_2d.strides, config.backbone_2d.upsample_strides, strict=True):
-        height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-        sizes.add((height * up, width * up))
-    if len(sizes) != 1:
-        raise UsageError(
-            f"the 2D blocks of {config.name} end at different resolutions: {sorted(sizes)}.",
-            fix="choose a range whose bird's-eye view is divisible by the strides, and matching UPSAMPLE_STRIDES",
-        )
+    return Detector(config).eval()
 
 
 def tensors_from_voxels(

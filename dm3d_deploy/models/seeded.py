@@ -16,7 +16,7 @@ INPUT_GAIN = 0.04  # points come in raw metres and intensities
 RESIDUAL_GAIN = 0.3
 OUTPUT_GAIN = 0.5
 HEAT_MAP_GAIN = 1.0
-HEAT_MAP_BIAS = -3.4
+HEAT_MAP_BIAS = -3.7
 JITTER = 0.1
 
 
