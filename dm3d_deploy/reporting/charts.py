@@ -38,7 +38,7 @@ TOP_PX = 26.0
 BOTTOM_PX = 28.0
 EXECUTED_OPACITY = 0.38
 TEXT_PX = 11.0
-WIDEST_NAME = 26
+WIDEST_NAME = 21
 LOG_AXIS_FROM = 12.0
 
 
@@ -77,9 +77,12 @@ def _inline(document: str, name: str, label: str) -> str:
     return re.sub(r"\n\s*", "\n", re.sub(r"<svg[^>]*>", lambda _: start, svg, count=1)).strip()
 
 
-def short_name(name: str) -> str:
-    """A layer's name that fits beside its bar: the end tells layers apart."""
-    return name if len(name) <= WIDEST_NAME else "…" + name[-(WIDEST_NAME - 1) :]
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Layer names that fit beside their bars: without the module that all share, and the end where it is long."""
+    module = names[0].split(".")[0] + "."
+    if all(name.startswith(module) and name != module for name in names):
+        names = [name[len(module) :] for name in names]
+    return [name if len(name) <= WIDEST_NAME else "…" + name[-(WIDEST_NAME - 1) :] for name in names]
 
 
 def _axes(figure: Figure, left: float, width: float, rows: int, bottom: float = BOTTOM_PX) -> Axes:
@@ -127,7 +130,7 @@ def macs_chart(report: Mapping[str, Any]) -> str:
     rows += [("Backbones", backbone_macs(report), "accent"), ("Whole model", report["macs"], "accent")]
 
     def paint(figure: Figure) -> None:
-        axes = _axes(figure, 92, 330, len(rows))
+        axes = _axes(figure, 86, 320, len(rows))
         axes.set_xlim(0, report["macs"]["dense"] or 1)
         axes.xaxis.set_major_locator(_few_ticks())
         axes.xaxis.set_major_formatter(lambda value, _: scaled(value))
@@ -137,11 +140,14 @@ def macs_chart(report: Mapping[str, Any]) -> str:
             axes.barh(row, macs["kept"], height=0.62, color=INK[ink])
             _text(axes, -0.02, row, title, align="right")
             kept, executed = percent(share_of(macs, "kept")), percent(share_of(macs, "executed"))
-            _text(axes, 1.03, row, f"{kept} kept, {executed} executed")
+            _text(axes, 1.15, row, kept, align="right", fontweight="bold")
+            _text(axes, 1.33, row, executed, align="right")
         _title(axes, "MACs per frame")
+        _text(axes, 1.15, -0.75, "kept", align="right", ink="muted")
+        _text(axes, 1.33, -0.75, "executed", align="right", ink="muted")
 
     height = TOP_PX + BOTTOM_PX + 26 * len(rows)
-    return _draw("macs", "Kept and executed MACs by part of the model", 600, height, paint)
+    return _draw("macs", "Kept and executed MACs by part of the model", 530, height, paint)
 
 
 def _few_ticks() -> Any:
@@ -153,23 +159,26 @@ def _few_ticks() -> Any:
 def allocation_chart(layers: Sequence[Mapping[str, Any]], part: str) -> str:
     """Kept share of every layer of one part, its pattern, and beside it where the MACs lie (the paper's Fig. 4)."""
     own = [layer for layer in layers if layer["part"] == part]
+    names = _short_names([layer["name"] for layer in own])
 
     def paint(figure: Figure) -> None:
-        shares = _axes(figure, 164, 170, len(own))
+        shares = _axes(figure, 128, 190, len(own))
         _share_axis(shares)
-        costs = _axes(figure, 436, 76, len(own))
+        costs = _axes(figure, 444, 80, len(own))
         costs.set_xlim(0, max((layer["dense_macs"] for layer in layers), default=0) or 1)
         costs.set_xticks([])
-        for row, layer in enumerate(own):
+        for row, (name, layer) in enumerate(zip(names, own, strict=True)):
             kept = 1 - layer["ratio"]
             executed = share_of({"dense": layer["dense_macs"], "executed": layer["executed_macs"]}, "executed")
             _share_row(shares, row, kept, executed, part)
-            _text(shares, -0.02, row, short_name(layer["name"]), align="right")
-            _text(shares, 1.03, row, f"{100 * kept:.0f} %  {layer['pattern'][:14]}")
+            _text(shares, -0.02, row, name, align="right")
+            _text(shares, 1.2, row, f"{100 * kept:.0f} %", align="right")
+            _text(shares, 1.24, row, layer["pattern"][:14], ink="muted")
             costs.barh(row, layer["dense_macs"], height=0.62, color=INK["track"])
             costs.barh(row, layer["kept_macs"], height=0.62, color=INK[part])
-        _title(shares, f"{PART_TITLES[part]}: kept share, pattern")
-        _title(costs, "dense MACs, kept")
+        _title(shares, f"{PART_TITLES[part]}: share kept")
+        _text(shares, 1.24, -1, "pattern", ink="muted")
+        _title(costs, "MACs kept of")
 
     height = TOP_PX + BOTTOM_PX + ROW_PX * len(own)
     return _draw(f"allocation-{part}", f"Kept share of each layer of the {PART_TITLES[part]}", 530, height, paint)
@@ -224,7 +233,7 @@ def latency_chart(entries: Sequence[Mapping[str, Any]], name: str) -> str:
     inks = dict(zip(variants, ["muted", "accent", "2d", "head", *["3d"] * len(variants)], strict=False))
 
     def paint(figure: Figure) -> None:
-        axes = _axes(figure, 150, 300, len(ordered))
+        axes = _axes(figure, 156, 306, len(ordered))
         axes.set_xlim(0, max(entry["p99_ms"] for entry in ordered) * 1.04 or 1)
         axes.xaxis.set_major_locator(_few_ticks())
         axes.xaxis.set_major_formatter(lambda value, _: milliseconds(value) if value else "0")
@@ -236,8 +245,8 @@ def latency_chart(entries: Sequence[Mapping[str, Any]], name: str) -> str:
             fill = INK["surface"] if entry["p99_indicative"] else INK["ink"]
             axes.scatter([entry["p99_ms"]], [row], s=20, color=fill, edgecolors=INK["ink"], linewidths=1, zorder=3)
             if row == 0 or ordered[row - 1]["stage"] != entry["stage"]:
-                _text(axes, -0.26, row, entry["stage"][:18], align="right")
-            _text(axes, -0.02, row, entry["variant"][:12], align="right", ink="muted")
+                _text(axes, -0.51, row, entry["stage"][:20])
+            _text(axes, -0.02, row, entry["variant"][:10], align="right", ink="muted")
             _text(axes, 1.03, row, milliseconds(entry["p50_ms"]))
         _title(axes, "median, p90 (tick), p99 (circle; hollow: indicative)")
 

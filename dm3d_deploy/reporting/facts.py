@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 REFERENCE_VARIANT = "dense"
 TOTAL_STAGE = "total"
@@ -102,7 +102,7 @@ class LatencyPair:
     def words(self) -> str:
         """What may be said about the time."""
         if not self.separated:
-            return "no difference beyond the noise"
+            return "within noise"
         return f"{percent(abs(self.change))} {'faster' if self.change < 0 else 'slower'}"
 
 
@@ -132,8 +132,16 @@ def headline_pair(report: Mapping[str, Any]) -> LatencyPair | None:
     return max(pairs, key=lambda pair: (pair.measured, pair.dense["stage"] == TOTAL_STAGE, pair.dense["p50_ms"]))
 
 
+def latency_groups(report: Mapping[str, Any]) -> dict[tuple[str, str, bool], list[Mapping[str, Any]]]:
+    """Entries that may stand on one axis, by backend, clock and whether they were measured."""
+    groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
+    for entry in report["latency"]:
+        groups.setdefault((entry["backend"], entry["clock"], entry["measured"]), []).append(entry)
+    return groups
+
+
 def final_distortion(report: Mapping[str, Any]) -> tuple[float, str]:
-    """The distortion of what is shipped, and how it is known."""
+    """The distortion of the weights that are shipped, and how it is known."""
     distortion, recovery = report["distortion"], report["recovery"]
     if recovery is not None and recovery["accepted"] and distortion["heldout_after_recovery"] is not None:
         return distortion["heldout_after_recovery"], "held-out, after recovery"
@@ -142,35 +150,63 @@ def final_distortion(report: Mapping[str, Any]) -> tuple[float, str]:
     return distortion["predicted"], "predicted, not verified"
 
 
+def machine_from_stamp(stamp: Mapping[str, Any], *, ran_on: Literal["cpu", "gpu"]) -> dict[str, str]:
+    """`provenance.machine` of a device stamp: flat text, the device that the latencies ran on first."""
+    gpu = stamp["gpu"] if isinstance(stamp["gpu"], Mapping) else {}
+    cpu = f"{stamp['cpu']}, {stamp['cores_usable']} of {stamp['cores']} cores"
+    on_gpu = ran_on == "gpu" and bool(gpu)
+    power = ", ".join(gpu[key] for key in ("power_mode", "power.limit", "pstate") if gpu.get(key)) if on_gpu else ""
+    clocks = f"SM {gpu.get('clocks.sm')} of {gpu.get('clocks.max.sm')}" if on_gpu else ""
+    words = {
+        "device": gpu["name"] if on_gpu else cpu,
+        "power_mode": power or "not reported",
+        "clocks": clocks or "not reported",
+        "cpu": cpu,
+        "gpu": gpu.get("name", "none"),
+        "os": stamp["os"],
+        "python": stamp["python"],
+        "OMP_NUM_THREADS": stamp["omp_num_threads"] or "not set",
+    }
+    if stamp["load_average"] is not None:
+        words["load average"] = ", ".join(f"{load:.2f}" for load in stamp["load_average"])
+    extra = {key: value for key, value in gpu.items() if key not in ("name", "power_mode", "power.limit", "pstate")}
+    return {**words, **{f"gpu {key}": value for key, value in extra.items()}, **stamp["libraries"]}
+
+
 def _sentence_of_time(report: Mapping[str, Any]) -> str:
     pair = headline_pair(report)
     if pair is None:
         return "no time saving was measured"
     entry = pair.other
-    where = f"{entry['backend']} on {report['provenance']['machine'].get('device', 'an unnamed device')}"
+    where = f"{entry['backend']}, on {report['provenance']['machine'].get('device', 'an unnamed device')}"
     samples = min(pair.dense["n"], entry["n"])
     how = f"measured with {where}, n = {samples}" if pair.measured else f"estimated for {where}"
-    if not pair.separated:
-        return f"{entry['stage']} takes {milliseconds(entry['p50_ms'])} as before (median, {how})"
-    return (
-        f"{entry['stage']} takes {milliseconds(entry['p50_ms'])} instead of "
-        f"{milliseconds(pair.dense['p50_ms'])} (median, {how})"
-    )
+    stage = f"the {TOTAL_STAGE}" if entry["stage"] == TOTAL_STAGE else entry["stage"]
+    before, after = milliseconds(pair.dense["p50_ms"]), milliseconds(entry["p50_ms"])
+    compared = f"instead of {before}" if pair.separated else f"where it took {before}, a difference within noise"
+    return f"{stage} takes {after} {compared} (median, {how})"
+
+
+def _sentence_of_cost(report: Mapping[str, Any]) -> str:
+    cost, how = final_distortion(report)
+    simulated = "simulated " if report["frames"]["simulated"] else ""
+    if not how.startswith("held-out"):
+        return f"the distortion is {significant(cost)}, predicted from {simulated}frames and not verified"
+    recovered = " after recovery" if "recovery" in how else ""
+    return f"the distortion is {significant(cost)} on held-out {simulated}frames{recovered}"
 
 
 def verdict_sentence(report: Mapping[str, Any]) -> str:
     """What was kept, what it cost, what time it saves and where that was found; it reads `passed`, not the sentence."""
     failed = sum(not comparison["passed"] for comparison in report["parity"])
-    opening = ""
-    if not report["verdict"]["passed"]:
-        reason = f"{failed} of {plural(len(report['parity']), 'comparison')} out of tolerance" if failed else ""
-        opening = f"NOT PASSED{f' ({reason})' if reason else ''}: "
-    weights = "" if report["model"]["trained"] else "UNTRAINED "
+    reason = f"{failed} of {plural(len(report['parity']), 'comparison')} out of tolerance: " if failed else ""
+    untrained = "" if report["model"]["trained"] else "UNTRAINED "
     budget = report["budget"]
-    cost, how = final_distortion(report)
-    frames = " on simulated frames" if report["frames"]["simulated"] else ""
+    kept = (
+        f"keeps {percent(budget['kept_of_backbone'])} of its backbones' MACs "
+        f"({percent(budget['kept_of_model'])} of the whole model's)"
+    )
     return (
-        f"{opening}{weights}{report['model']['name']} keeps {percent(budget['kept_of_backbone'])} of its backbones' "
-        f"MACs ({percent(budget['kept_of_model'])} of the whole model's) at a distortion of {significant(cost)} "
-        f"({how}{frames}); {_sentence_of_time(report)}."
+        f"{reason}{untrained}{report['model']['name']} {kept}; "
+        f"{_sentence_of_cost(report)}; {_sentence_of_time(report)}."
     )

@@ -58,8 +58,8 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "distortion": distortion,
         "distortion_how": how,
         "headline": facts.headline_pair(report),
-        "latency": _latency_rows(report),
-        "latency_groups": _latency_groups(report),
+        "latency": _latency_tables(report),
+        "parity": _parity_groups(report),
         "passed_parity": sum(comparison["passed"] for comparison in report["parity"]),
         "picture": report["detections"] and report["detections"]["picture"],
     }
@@ -67,8 +67,8 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tags(report: Mapping[str, Any]) -> list[str]:
     """Words that must stand beside every number that a network or a frame took part in."""
-    words = [] if report["model"]["trained"] else ["untrained weights"]
-    return [*words, "simulated frames"] if report["frames"]["simulated"] else words
+    words = [] if report["model"]["trained"] else ["untrained"]
+    return [*words, "simulated"] if report["frames"]["simulated"] else words
 
 
 def _charts(report: Mapping[str, Any]) -> dict[str, str]:
@@ -76,7 +76,7 @@ def _charts(report: Mapping[str, Any]) -> dict[str, str]:
     for part in PARTS:
         if any(layer["part"] == part for layer in report["layers"]):
             drawn[f"allocation_{part}"] = charts.allocation_chart(report["layers"], part)
-    for index, entries in enumerate(_latency_groups(report).values()):
+    for index, entries in enumerate(facts.latency_groups(report).values()):
         drawn[f"latency_{index}"] = charts.latency_chart(entries, str(index))
     return drawn
 
@@ -98,26 +98,35 @@ def _part_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _latency_groups(report: Mapping[str, Any]) -> dict[tuple[str, str, bool], list[Mapping[str, Any]]]:
-    """Entries that may stand on one axis: the same backend, clock and standing."""
-    groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
-    for entry in report["latency"]:
-        groups.setdefault((entry["backend"], entry["clock"], entry["measured"]), []).append(entry)
-    return groups
-
-
-def _latency_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _latency_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     words = {id(pair.other): pair.words for pair in facts.latency_pairs(report)}
-    return [
-        {
-            **entry,
-            "change": words.get(id(entry), NOTHING),
-            "variation": _variation(entry["samples_ms"]),
-            "unsteady": (_variation(entry["samples_ms"]) or 0) > UNSTEADY_VARIATION,
-            "voxel_range": _range(entry["voxels"]),
-        }
-        for entry in report["latency"]
-    ]
+    tables = []
+    for (backend, clock, measured), entries in facts.latency_groups(report).items():
+        rows = []
+        for entry, previous in zip(entries, [None, *entries], strict=False):
+            variation = _variation(entry["samples_ms"])
+            rows.append(
+                {
+                    **entry,
+                    "opens": previous is None or previous["stage"] != entry["stage"],
+                    "change": words.get(id(entry), NOTHING),
+                    "variation": variation,
+                    "unsteady": variation is not None and variation > UNSTEADY_VARIATION,
+                }
+            )
+        voxels = [count for entry in entries for count in entry["voxels"]]
+        head = {"backend": backend, "clock": clock, "standing": "measured" if measured else "estimated"}
+        tables.append({**head, "rows": rows, "voxels": _range(voxels)})
+    return tables
+
+
+def _parity_groups(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Comparisons under the words that they share, in the report's order."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    shared = ("candidate", "reference", "frames", "tolerance")
+    for comparison in report["parity"]:
+        groups.setdefault(tuple(comparison[key] for key in shared), []).append(comparison)
+    return [{**dict(zip(shared, key, strict=True)), "rows": rows} for key, rows in groups.items()]
 
 
 def _variation(samples_ms: Sequence[float]) -> float | None:

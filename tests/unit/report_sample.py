@@ -244,7 +244,7 @@ def sample_report(*, trained: bool = False, simulated: bool = True) -> dict[str,
             "picture": tiny_png(),
         },
         "stages": [
-            {"name": name, "seconds": seconds, "fresh": name != "frames"}
+            {"name": name, "seconds": seconds, "fresh": name == "frames"}
             for name, seconds in (("frames", 0.4), ("gradients", 61.2), ("curves", 4.9), ("allocate", 0.7))
         ],
         "provenance": {
