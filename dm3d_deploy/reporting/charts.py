@@ -107,8 +107,9 @@ def _text(axes: Axes, x: float, y: float, text: str, *, align: str = "left", ink
     axes.text(x, y, text, ha=align, color=INK[ink], transform=axes.get_yaxis_transform(), clip_on=False, **style)
 
 
-def _title(axes: Axes, text: str) -> None:
-    axes.text(0, 1, text, transform=axes.transAxes, va="bottom", ha="left", color=INK["muted"], fontsize=TEXT_PX)
+def _title(axes: Axes, text: str, *, x: float = 0, align: str = "left") -> None:
+    """A heading over a share of the width."""
+    axes.text(x, 1, text, transform=axes.transAxes, va="bottom", ha=align, color=INK["muted"], fontsize=TEXT_PX)
 
 
 def _share_axis(axes: Axes) -> None:
@@ -143,8 +144,8 @@ def macs_chart(report: Mapping[str, Any]) -> str:
             _text(axes, 1.15, row, kept, align="right", fontweight="bold")
             _text(axes, 1.33, row, executed, align="right")
         _title(axes, "MACs per frame")
-        _text(axes, 1.15, -0.75, "kept", align="right", ink="muted")
-        _text(axes, 1.33, -0.75, "executed", align="right", ink="muted")
+        _title(axes, "kept", x=1.15, align="right")
+        _title(axes, "executed", x=1.33, align="right")
 
     height = TOP_PX + BOTTOM_PX + 26 * len(rows)
     return _draw("macs", "Kept and executed MACs by part of the model", 530, height, paint)
@@ -177,8 +178,8 @@ def allocation_chart(layers: Sequence[Mapping[str, Any]], part: str) -> str:
             costs.barh(row, layer["dense_macs"], height=0.62, color=INK["track"])
             costs.barh(row, layer["kept_macs"], height=0.62, color=INK[part])
         _title(shares, f"{PART_TITLES[part]}: share kept")
-        _text(shares, 1.24, -1, "pattern", ink="muted")
-        _title(costs, "MACs kept of")
+        _title(shares, "pattern", x=1.24)
+        _title(costs, "MACs")
 
     height = TOP_PX + BOTTOM_PX + ROW_PX * len(own)
     return _draw(f"allocation-{part}", f"Kept share of each layer of the {PART_TITLES[part]}", 530, height, paint)
