@@ -58,7 +58,7 @@ def solve(costs: Costs, distortions: Costs, limit: float, *, bins: int = 50_000)
     reduced = fronts.distortion + multiplier * fronts.cost
     reduced -= reduced.min(axis=1, keepdims=True)
     slack = fronts.total_distortion(feasible) - bound
-    survivors = reduced <= slack + 1e-12 * max(1.0, float(reduced.max()))
+    survivors = reduced <= slack + 1e-12 * float(reduced.max())
     survivors[fronts.rows, feasible] = True  # by arithmetic it survives; rounding must not strike it out
     best = _by_bins(fronts, survivors, limit, bins)
     if best is None:
@@ -144,7 +144,7 @@ def _by_bins(
     kept = [np.flatnonzero(row[:size]) for row, size in zip(survivors, fronts.sizes, strict=True)]
     base = np.array([cost[items[0]] for cost, items in zip(fronts.cost, kept, strict=True)])
     room = limit - math.fsum(base)
-    if room <= 0:
+    if room <= 1e-12 * abs(limit):  # bins of no width
         return None
     extra = [
         np.ceil((cost[items] - cost[items[0]]) * (bins / room)) for cost, items in zip(fronts.cost, kept, strict=True)

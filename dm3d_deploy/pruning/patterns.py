@@ -173,8 +173,8 @@ def _tile_steps(layer: Layer, scores: np.ndarray, grid: np.ndarray) -> np.ndarra
 
     order = np.argsort(sums / weights, axis=None, kind="stable")
     pruned = np.cumsum(weights.ravel()[order])
-    # half a weight of tolerance: ratio * weights is not exact where it should be whole
-    counts = np.searchsorted(pruned, grid * layer.weights + 0.5, side="right")
+    # the tolerance: ratio * weights is not exact where it should be whole
+    counts = np.searchsorted(pruned, grid * layer.weights + 1e-6, side="right")
     steps = _steps_of_order(order, counts).reshape(sums.shape)
     wide = np.repeat(steps, tile_in, axis=1)[:, : layer.inputs]
     return native_from_taps(layer, np.repeat(wide, tile_out, axis=2)[..., : layer.outputs])

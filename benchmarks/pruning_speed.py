@@ -1,0 +1,94 @@
+"""Seconds for the curves of CenterPoint's 35 backbone layers and their allocation, with random gradients.
+
+Run it on the cores it is meant for: `taskset -c 0,1 python benchmarks/pruning_speed.py`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from dm3d_deploy.pruning.allocation import allocate, items_for
+from dm3d_deploy.pruning.contracts import Budget, Choice, Curve, Layer
+from dm3d_deploy.pruning.curves import layer_curve
+from dm3d_deploy.pruning.macs import dense_macs
+from dm3d_deploy.pruning.masks import masks_of
+from dm3d_deploy.pruning.patterns import eligible_patterns, ratio_grid
+from dm3d_deploy.pruning.ranking import scores
+
+ROWS = 16  # 8 frames, 2 sketches each
+RATIOS = 100
+
+
+def sparse(name: str, inputs: int, outputs: int, sites: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> Layer:
+    """A sparse layer whose centre tap has `sites` pairs and whose other taps have fewer, the farther the fewer."""
+    offsets = np.indices(kernel).reshape(3, -1).T - (np.array(kernel) - 1) / 2
+    positions = sites * 0.45 ** np.abs(offsets).sum(axis=1)
+    return Layer(name=name, part="3d", kind="sparse", shape=(outputs, *kernel, inputs), positions=positions)
+
+
+def dense(name: str, inputs: int, outputs: int, side: int, kernel: int = 3) -> Layer:
+    """A 2D convolution with a square output of that side."""
+    positions = np.full(kernel * kernel, float(side * side))
+    return Layer(name=name, part="2d", kind="conv2d", shape=(outputs, inputs, kernel, kernel), positions=positions)
+
+
+def transposed(name: str, inputs: int, outputs: int, side: int, kernel: int) -> Layer:
+    """A transposed convolution with a square input of that side and a stride of its kernel."""
+    positions = np.full(kernel * kernel, float(side * side))
+    return Layer(name=name, part="2d", kind="deconv2d", shape=(inputs, outputs, kernel, kernel), positions=positions)
+
+
+def centerpoint() -> list[Layer]:
+    """The 21 sparse and 14 dense backbone layers of CenterPoint, voxels of 0.1 m, nuScenes."""
+    layers = [sparse("conv_input", 5, 16, 60_000)]
+    layers += [sparse(f"conv1.{i}", 16, 16, 60_000) for i in range(4)]
+    for stage, (inputs, outputs, sites) in enumerate([(16, 32, 66_727), (32, 64, 33_770), (64, 128, 13_163)], start=2):
+        layers.append(sparse(f"conv{stage}.0", inputs, outputs, sites))
+        layers += [sparse(f"conv{stage}.{i}", outputs, outputs, sites) for i in range(1, 5)]
+    layers.append(sparse("conv_out", 128, 128, 10_675, (3, 1, 1)))
+    layers.append(dense("blocks.0.0", 256, 128, 128))
+    layers += [dense(f"blocks.0.{i}", 128, 128, 128) for i in range(1, 6)]
+    layers.append(dense("blocks.1.0", 128, 256, 64))
+    layers += [dense(f"blocks.1.{i}", 256, 256, 64) for i in range(1, 6)]
+    return [*layers, transposed("deblocks.0", 128, 256, 128, 1), transposed("deblocks.1", 256, 256, 64, 2)]
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    layers = centerpoint()
+    seconds = {"scores": 0.0, "unstructured": 0.0, "2:4": 0.0, "tile": 0.0, "allocate": 0.0, "masks": 0.0}
+    kept_scores: dict[str, np.ndarray] = {}
+    items: list[tuple[Choice, ...]] = []
+    for layer in layers:
+        weight = rng.normal(0, 0.05, layer.shape).astype(np.float32)
+        spread = rng.lognormal(0, 1, layer.shape).astype(np.float32)
+        gradients = rng.normal(0, 1, (ROWS, *layer.shape)).astype(np.float32) * spread
+        start = time.perf_counter()
+        kept_scores[layer.name] = scores(weight, np.square(gradients).mean(axis=0))
+        seconds["scores"] += time.perf_counter() - start
+        curves: list[Curve] = []
+        for pattern in eligible_patterns(layer, ("2:4", "tile"))[0]:
+            start = time.perf_counter()
+            ranked = kept_scores[layer.name]
+            curves.append(layer_curve(layer, weight, gradients, ranked, pattern, ratio_grid(RATIOS), kappa=1e-7))
+            seconds[pattern] += time.perf_counter() - start
+        items.append(items_for(layer, curves, "auto"))
+    budget = Budget(value=0.5, denominator=sum(dense_macs(layers).values()))
+    start = time.perf_counter()
+    allocation = allocate(items, budget=budget)
+    seconds["allocate"] = time.perf_counter() - start
+    start = time.perf_counter()
+    masks_of(layers, kept_scores, allocation)
+    seconds["masks"] = time.perf_counter() - start
+
+    weights = sum(layer.weights for layer in layers)
+    print(f"{len(layers)} layers, {weights:,} weights, {ROWS} gradient rows, {RATIOS} ratios")
+    for stage, took in {**seconds, "all": sum(seconds.values())}.items():
+        print(f"{stage:>14}  {took:7.2f} s")
+    print(f"target {budget.value:g}: kept {allocation.share:.6f}, gap to the bound {allocation.gap:.2e}")
+
+
+if __name__ == "__main__":
+    main()
