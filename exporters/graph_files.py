@@ -31,11 +31,12 @@ def safe_load(path: Path, *, max_bytes: int = MAX_GRAPH_BYTES) -> onnx.ModelProt
     except DecodeError:
         raise ExportError(f"{path} with {size} bytes is not an ONNX file.", fix=fix) from None
     except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
-        raise ExportError(f"{path} is not a valid ONNX graph: {_first_line(error)}", fix=fix) from None
+        raise ExportError(f"{path} is not a valid ONNX graph: {first_line(error)}", fix=fix) from None
     return model
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -86,7 +87,7 @@ def write_graph(model: onnx.ModelProto, path: Path, *, kind: str, rounded_to_zer
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
-            f"{path.name} is not a valid ONNX graph: {_first_line(error)}", fix="report this with the detector's YAML"
+            f"{path.name} is not a valid ONNX graph: {first_line(error)}", fix="report this with the detector's YAML"
         ) from error
     inputs, outputs = interface(list(model.graph.input)), interface(list(model.graph.output))
     write_bytes(path, model.SerializeToString(deterministic=True))
