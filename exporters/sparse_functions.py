@@ -66,9 +66,13 @@ class Body:
         parts: dict[str, Any] = {} if sizes else {"num_outputs": len(outputs)}
         self.nodes.append(helper.make_node("Split", [value, *sizes], outputs, axis=axis, **parts))
 
-    def call(self, function: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> None:
+    def call(
+        self, function: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Sequence[int]
+    ) -> None:
         """Append a call of a function of ours; TensorRT finds its plugin by the attributes of PLUGIN."""
-        node = helper.make_node(function, inputs, outputs, name=name, domain=DOMAIN, **PLUGIN, **attributes)
+        node = helper.make_node(function, inputs, outputs, name=name, domain=DOMAIN, **PLUGIN)
+        for key, value in attributes.items():  # typed by hand: a layer may be left without taps
+            node.attribute.append(helper.make_attribute(key, list(value), attr_type=onnx.AttributeProto.INTS))
         self.nodes.append(node)
 
     def counted(self, values: str, axis: int, first: int = 0) -> str:
