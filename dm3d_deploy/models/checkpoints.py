@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,9 @@ def _tensors_of(path: Path, data: bytes) -> dict[str, Tensor]:
 def _unpickled(path: Path, data: bytes) -> object:
     """The content of a file that torch.save wrote, restricted to tensors and plain values."""
     try:
-        with torch.serialization.safe_globals(list(NUMPY_SCALARS)):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(NUMPY_SCALARS)):
+            # Strange bytes make torch suggest a report to its authors; the errors below say what matters.
+            warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
