@@ -143,6 +143,7 @@ def _bin_table(data: bytes, path: Path, columns: tuple[str, ...] | None) -> Tabl
     tables = [_table(data, dtype, 0, width) for width in fitting]
     doubts = [float(_implausible(values, _guessed_names(values)).mean()) for values, _ in tables if columns is None]
     if len(doubts) > 1 and doubts[0] == doubts[1]:
+        _check_values(tables[0], _guessed_names(tables[0][0]), path)
         raise FrameError(
             f"{path} has {len(data)} bytes, which fit 4 columns and 5, and its values do not tell which.",
             fix="name the columns: x, y, z, intensity or x, y, z, intensity, ring",

@@ -362,11 +362,11 @@ def _head(section: Section, class_names: tuple[str, ...], stride: int) -> Center
 def _branches(section: Section) -> tuple[Branch, ...]:
     section.only(("HEAD_ORDER", "HEAD_DICT"))
     order = section.get("HEAD_ORDER", yaml_reader.sequence(yaml_reader.choice(tuple(BRANCH_CHANNELS), "branch")))
-    table = section.get("HEAD_DICT", Section)
-    table.only(order)
     needed = set(BRANCH_CHANNELS) - {"vel"}
     if len(set(order)) != len(order) or not needed <= set(order):
         section.fail("HEAD_ORDER", f"is {', '.join(order)}", fix="name center, center_z, dim, rot (and vel) once each")
+    table = section.get("HEAD_DICT", Section)
+    table.only(order)
     branches = []
     for name in order:
         branch = table.get(name, Section)

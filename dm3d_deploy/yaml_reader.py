@@ -268,7 +268,7 @@ def choice(known: Sequence[str], thing: str) -> Kind[str]:
     def read(entry: Entry, path: str) -> str:
         word = text(entry, path)
         if word not in known:
-            refuse(entry, path, f"is '{_short(word)}', a {thing} that is not supported", fix=nearest(word, known))
+            refuse(entry, path, f"is '{_short(word)}', which is no supported {thing}", fix=nearest(word, known))
         return word
 
     return read
