@@ -37,8 +37,8 @@ ROW_PX = 20.0
 TOP_PX = 26.0
 BOTTOM_PX = 28.0
 EXECUTED_OPACITY = 0.38
-TEXT_PX = 11.0
-WIDEST_NAME = 21
+TEXT_PX = 12.0
+WIDEST_NAME = 19
 LOG_AXIS_FROM = 12.0
 
 
@@ -78,11 +78,10 @@ def _inline(document: str, name: str, label: str) -> str:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Layer names that fit beside their bars: without the module that all share, and the end where it is long."""
-    module = names[0].split(".")[0] + "."
-    if all(name.startswith(module) and name != module for name in names):
-        names = [name[len(module) :] for name in names]
-    return [name if len(name) <= WIDEST_NAME else "…" + name[-(WIDEST_NAME - 1) :] for name in names]
+    """Layer names that fit beside their bars: without their module if they stay unique, and the end of a long one."""
+    inner = [name.partition(".")[2] or name for name in names]
+    shown = inner if len(set(inner)) == len(inner) else names
+    return [name if len(name) <= WIDEST_NAME else "…" + name[-(WIDEST_NAME - 1) :] for name in shown]
 
 
 def _axes(figure: Figure, left: float, width: float, rows: int, bottom: float = BOTTOM_PX) -> Axes:

@@ -200,6 +200,7 @@ def verdict_sentence(report: Mapping[str, Any]) -> str:
     """What was kept, what it cost, what time it saves and where that was found; it reads `passed`, not the sentence."""
     failed = sum(not comparison["passed"] for comparison in report["parity"])
     reason = f"{failed} of {plural(len(report['parity']), 'comparison')} out of tolerance: " if failed else ""
+    reason = reason if report["parity"] else "nothing was compared: "
     untrained = "" if report["model"]["trained"] else "UNTRAINED "
     budget = report["budget"]
     kept = (

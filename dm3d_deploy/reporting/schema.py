@@ -217,6 +217,7 @@ def validate_report(data: Any) -> None:
     """Refuse a report that is not of the schema, or that contradicts itself; InternalError names the key's path."""
     _check(SCHEMA, data, "")
     _check_macs(data)
+    _check_words(data)
     _check_evidence(data)
 
 
@@ -281,21 +282,29 @@ def _check_macs(data: Mapping[str, Any]) -> None:
             raise _refuse("layers", f"the layer {_shown(name)} appears {names.count(name)} times")
 
 
-def _check_evidence(data: Mapping[str, Any]) -> None:
+def _check_words(data: Mapping[str, Any]) -> None:
     """The words that a reader relies on must stand in the sentence that is read first."""
-    verdict, parity = data["verdict"], data["parity"]
-    if not data["model"]["trained"] and "UNTRAINED" not in verdict["sentence"]:
+    sentence = data["verdict"]["sentence"]
+    if not data["model"]["trained"] and "UNTRAINED" not in sentence:
         raise _refuse("verdict.sentence", "the weights are untrained and the sentence does not say UNTRAINED")
-    if data["frames"]["simulated"] and "simulated" not in verdict["sentence"].lower():
+    if data["frames"]["simulated"] and "simulated" not in sentence.lower():
         raise _refuse("verdict.sentence", "the frames are simulated and the sentence does not say so")
-    failed = [comparison["output"] for comparison in parity if not comparison["passed"]]
-    if verdict["passed"] and (failed or not parity):
+
+
+def _check_evidence(data: Mapping[str, Any]) -> None:
+    """No claim without what it rests on: comparisons, held-out frames, samples and the stamp of the machine."""
+    failed = [comparison["output"] for comparison in data["parity"] if not comparison["passed"]]
+    if data["verdict"]["passed"] and (failed or not data["parity"]):
         why = f"{len(failed)} comparisons failed, first {failed[0]}" if failed else "nothing was compared"
         raise _refuse("verdict.passed", f"true, but {why}")
-    if any(entry["measured"] for entry in data["latency"]):
-        for key in STAMP:
-            if not data["provenance"]["machine"].get(key, "").strip():
-                raise _refuse(f"provenance.machine.{key}", "a measured latency needs it, and it is missing or empty")
+    distortion, held_out = data["distortion"], data["frames"]["held_out"]
+    if distortion["heldout"] is not None and not len(distortion["per_frame"]) == held_out > 0:
+        raise _refuse("distortion.heldout", f"{len(distortion['per_frame'])} frames listed, {held_out} held out")
+    if distortion["heldout_after_recovery"] is not None and data["recovery"] is None:
+        raise _refuse("distortion.heldout_after_recovery", "there was no recovery")
     for index, entry in enumerate(data["latency"]):
         if entry["n"] != len(entry["samples_ms"]):
             raise _refuse(f"latency[{index}].n", f"{entry['n']} is not the {len(entry['samples_ms'])} samples listed")
+        for key in STAMP:
+            if entry["measured"] and not data["provenance"]["machine"].get(key, "").strip():
+                raise _refuse(f"provenance.machine.{key}", "a measured latency needs it, and it is missing or empty")
