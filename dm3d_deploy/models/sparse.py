@@ -187,12 +187,13 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(features, weight)
         ctx.kernel_map = kernel_map
         matrices = weight.flatten(1, 3)
+        kept = matrices.any(dim=2).any(dim=0).tolist()
         output = features.new_zeros(len(kernel_map.out_coords), len(weight))
         for tap in kernel_map.order:
             matrix = matrices[:, tap].t()
             if tap == kernel_map.centre:
                 torch.mm(features, matrix, out=output)
-            elif bool(matrix.any()):
+            elif kept[tap]:
                 gathered = features.index_select(0, kernel_map.in_rows[tap])
                 output.index_add_(0, kernel_map.out_rows[tap], gathered @ matrix)
         if bias is not None:
