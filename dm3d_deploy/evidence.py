@@ -45,8 +45,11 @@ class Comparison:
             raise InternalError(f"{self.output}: a comparison without finite evidence cannot pass")
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for report.json."""
-        return asdict(self)
+        """Plain data for report.json, where what is not finite is null."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
 
 
 def compare_arrays(

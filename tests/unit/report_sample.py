@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import functools
+import json
 import struct
 import zlib
 from typing import Any
@@ -141,15 +143,6 @@ def _engines() -> list[dict[str, Any]]:
     note = "this backend ignores 2:4: the engine is byte-identical without the flag"
     return [
         {
-            **onnx,
-            "path": "engines/bev_head.onnx",
-            "built_for": ["CPU"],
-            "layers": 61,
-            "sha256": "a1" * 32,
-            "bytes": 25_071_334,
-            "sparsity": None,
-        },
-        {
             **common,
             "path": "engines/bev_head.rtx.plan",
             "built_for": ["sm_80", "sm_86", "sm_89", "sm_120"],
@@ -157,6 +150,15 @@ def _engines() -> list[dict[str, Any]]:
             "sha256": "3c" * 32,
             "bytes": 12_640_212,
             "sparsity": {"legal": 11, "eligible": 0, "chosen": 0, "note": note},
+        },
+        {
+            **onnx,
+            "path": "engines/bev_head.onnx",
+            "built_for": ["CPU"],
+            "layers": 61,
+            "sha256": "a1" * 32,
+            "bytes": 25_071_334,
+            "sparsity": None,
         },
     ]
 
@@ -172,7 +174,13 @@ def _macs(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sample_report(*, trained: bool = False, simulated: bool = True) -> dict[str, Any]:
-    """A valid report; the same arguments give the same report."""
+    """A valid report of your own; the same arguments give the same report."""
+    report: dict[str, Any] = json.loads(_sample_as_json(trained, simulated))
+    return report
+
+
+@functools.cache
+def _sample_as_json(trained: bool, simulated: bool) -> str:
     rng = np.random.default_rng(20240917)
     layers = _layers(rng)
     macs = _macs(layers)
@@ -262,4 +270,4 @@ def sample_report(*, trained: bool = False, simulated: bool = True) -> dict[str,
         "warnings": ["p99 of 300 samples is indicative: 1,000 are needed"],
     }
     report["verdict"]["sentence"] = verdict_sentence(report)
-    return report
+    return json.dumps(report)
