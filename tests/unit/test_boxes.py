@@ -78,7 +78,9 @@ def test_matrix_equals_its_pairs_and_prunes_only_the_far_ones() -> None:
     near = set(zip(*(index.tolist() for index in near_pairs(bev_from_boxes(a), bev_from_boxes(b))), strict=True))
     assert 0 < len(near) < 1200
     assert all(
-        pair in near for pair, iou in zip(zip(row.tolist(), column.tolist(), strict=True), pairs, strict=True) if iou > 1e-12
+        pair in near
+        for pair, iou in zip(zip(row.tolist(), column.tolist(), strict=True), pairs, strict=True)
+        if iou > 1e-12
     )
 
 
