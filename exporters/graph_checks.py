@@ -52,17 +52,17 @@ def check_graph(path: Path) -> onnx.ModelProto:
     the domain dm3d alone in the graph, its functions defined in the file and its plugin named on every call.
     """
     model = safe_load(path)
-    try:
-        onnx.checker.check_model(model, full_check=True)
-        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path}: {first_line(error)}", fix="export the detector again") from None
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     if opsets.get("") not in OPSETS:
         raise ExportError(
             f"{path} has opset {opsets.get('')}; {OPSETS[0]} to {OPSETS[-1]} are supported.", fix="export it again"
         )
     _check_domains(model, path)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path}: {first_line(error)}", fix="export the detector again") from None
     for values in (model.graph.input, inferred.graph.output, inferred.graph.value_info):
         interface(list(values))
     return model
