@@ -192,9 +192,10 @@ def _guessed_names(values: Float32[np.ndarray, "points columns"]) -> tuple[str, 
 def _doubtful(column: Float32[np.ndarray, " points"], name: str) -> Bool[np.ndarray, " points"]:
     """Finite values that a column of this name does not have."""
     low, high = PLAUSIBLE.get(name, (-SENSOR_REACH_M, SENSOR_REACH_M))
-    doubtful: np.ndarray = (column < low) | (column > high)
-    if name == "ring":
-        doubtful |= np.floor(column) != column
+    with np.errstate(invalid="ignore"):  # signalling NaNs, which the file may hold
+        doubtful: np.ndarray = (column < low) | (column > high)
+        if name == "ring":
+            doubtful |= np.floor(column) != column
     doubtful &= np.isfinite(column)
     return doubtful
 
