@@ -43,6 +43,17 @@ class Pose:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """The rings of one block of beams in one sweep, which share an origin."""
+
+    sweep: int
+    rings: slice
+    origin: Float64[np.ndarray, " 3"]
+    yaw: float
+    lag_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Echoes:
     """Rays that met something: index into sweep x ring x azimuth, range, primitive (or `GROUND`), incidence."""
 
@@ -89,30 +100,44 @@ def cast(
     random: np.random.Generator,
 ) -> Echoes:
     """The nearest surface along every ray of every sweep; primitives move at `velocity` (m/s) up to the key frame."""
-    surfaces = [cast_ground(ground, sensor, pose.origin, pose.yaw) for pose in poses]
+    views = _views(sensor, poses)
+    surfaces = [cast_ground(ground, sensor, view.origin, view.yaw, view.rings) for view in views]
     depth = np.concatenate([surface[0].ravel() for surface in surfaces])
     cosine = np.concatenate([surface[1].ravel() for surface in surfaces])
     np.copyto(depth, np.inf, where=depth > sensor.max_range_m)
     nearest = np.where(np.isfinite(depth), GROUND, _NOTHING).astype(np.int32)
     if len(primitives):
         caster = _Caster(sensor, primitives, depth, nearest, cosine, random)
-        for batch in _batches(_slices(sensor, poses, primitives, velocity), primitives.kind):
+        for batch in _batches(_slices(sensor, views, primitives, velocity), primitives.kind):
             caster.meet(batch)
     ray = np.flatnonzero((nearest != _NOTHING) & (depth > sensor.min_range_m))
     return Echoes(ray=ray, range_m=depth[ray], primitive=nearest[ray], cosine=cosine[ray])
 
 
+def _views(sensor: Sensor, poses: list[Pose]) -> list[_View]:
+    """Sweep by sweep, the lowest block first: the order of the rays."""
+    views = []
+    for sweep, pose in enumerate(poses):
+        first = 0
+        for count, lift in sensor.blocks:
+            origin = pose.origin + np.array([0.0, 0.0, lift])
+            rings = slice(first, first + count)
+            views.append(_View(sweep=sweep, rings=rings, origin=origin, yaw=pose.yaw, lag_s=pose.lag_s))
+            first += count
+    return views
+
+
 def _slices(
-    sensor: Sensor, poses: list[Pose], primitives: Primitives, velocity: Float64[np.ndarray, "primitives 2"]
+    sensor: Sensor, views: list[_View], primitives: Primitives, velocity: Float64[np.ndarray, "primitives 2"]
 ) -> _Slices:
-    """Bounds of every primitive in the ring x azimuth grid of every sweep."""
+    """Bounds of every primitive in the ring x azimuth grid of every view."""
     count = len(primitives)
-    primitive = np.tile(np.arange(count), len(poses))
-    sweep = np.repeat(np.arange(len(poses)), count)
-    lag = np.array([pose.lag_s for pose in poses])[sweep]
-    away = primitives.position[primitive] - np.array([pose.origin for pose in poses])[sweep]
+    primitive = np.tile(np.arange(count), len(views))
+    view = np.repeat(np.arange(len(views)), count)
+    lag = np.array([each.lag_s for each in views])[view]
+    away = primitives.position[primitive] - np.array([each.origin for each in views])[view]
     away[:, :2] -= velocity[primitive] * lag[:, None]
-    turn = primitives.yaw[primitive] - np.array([pose.yaw for pose in poses])[sweep]
+    turn = primitives.yaw[primitive] - np.array([each.yaw for each in views])[view]
     heading = primitives.yaw[primitive]
     along, across = np.cos(heading), np.sin(heading)
     origin = -np.stack([along * away[:, 0] + across * away[:, 1], along * away[:, 1] - across * away[:, 0], away[:, 2]])
@@ -127,8 +152,9 @@ def _slices(
     bottom = np.arctan2(low, np.where(low < 0, floor, reach))
     top = np.arctan2(high, np.where(high > 0, floor, reach))
     rings = np.asarray(sensor.elevation_rad)
-    first_ring = np.searchsorted(rings, bottom - _MARGIN_RAD)
-    last_ring = np.searchsorted(rings, top + _MARGIN_RAD)
+    lowest, above = (np.array([getattr(each.rings, end) for each in views])[view] for end in ("start", "stop"))
+    first_ring = np.maximum(np.searchsorted(rings, bottom - _MARGIN_RAD), lowest)
+    last_ring = np.minimum(np.searchsorted(rings, top + _MARGIN_RAD), above)
     middle = np.arctan2(corner_y.mean(axis=1), corner_x.mean(axis=1))
     spread = np.arctan2(corner_y, corner_x) - middle[:, None]
     spread = (spread + np.pi) % (2 * np.pi) - np.pi
@@ -138,7 +164,7 @@ def _slices(
     steps = np.minimum(np.where(gap > 0.05, stop - start, sensor.azimuth_steps), sensor.azimuth_steps)
     found = _Slices(
         primitive=primitive,
-        sweep=sweep,
+        sweep=np.array([each.sweep for each in views])[view],
         nearest_m=gap.astype(np.float32),
         first_ring=first_ring,
         rings=last_ring - first_ring,

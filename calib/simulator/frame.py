@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from calib.simulator.cast import Pose, cast
-from calib.simulator.clutter import furnish
+from calib.simulator.landuse import furnish
+from calib.simulator.primitives import OWN_CAR, Material
 from calib.simulator.returns import Returns, measure
 from calib.simulator.road import draw_ground, draw_road
 from calib.simulator.scene import Scene
@@ -52,13 +53,15 @@ def simulate_frame(
     if rare < 0:
         raise UsageError(f"the share of rare classes cannot be multiplied by {rare}.", fix="use a factor of 0 or more")
     random = np.random.Generator(np.random.PCG64(seed))
-    road = draw_road(random)
+    road = draw_road(model.forward_rad, random)
     scene = Scene(road, draw_ground(road, random, model.tilt_jitter_rad), random)
     populate(scene, density=float(random.uniform(0.4, 1.3)), rare=rare)
     furnish(scene)
+    poses, speed = _drive(model, count, random)
+    _own_car(scene, model, poses[0])
     objects, primitives = scene.objects(), scene.primitives.table()
-    owned = np.append(objects[:, 7:9], np.zeros((1, 2)), axis=0)[primitives.owner]
-    poses = _drive(model, count, random)
+    moving = np.concatenate([objects[:, 7:9], [speed, (0.0, 0.0), (0.0, 0.0)]])
+    owned = moving[primitives.owner]
     echoes = cast(model, poses, scene.ground, primitives, owned, random)
     seen = measure(model, poses, scene.ground, primitives, echoes, random)
     return SimulatedFrame(
@@ -71,8 +74,8 @@ def simulate_frame(
     )
 
 
-def _drive(sensor: Sensor, count: int, random: np.random.Generator) -> list[Pose]:
-    """Where the sensor was during each sweep, the key frame first, at constant speed and yaw rate."""
+def _drive(sensor: Sensor, count: int, random: np.random.Generator) -> tuple[list[Pose], tuple[float, float]]:
+    """Where the sensor was during each sweep, the key frame first, at constant speed and yaw rate; its velocity."""
     height = sensor.height_m + float(np.clip(random.normal(), -2.5, 2.5)) * sensor.height_jitter_m
     speed = 0.0 if random.random() < 0.25 else random.uniform(1, 14)
     turn_rate = random.normal(0, 0.08) if speed else 0.0
@@ -81,9 +84,18 @@ def _drive(sensor: Sensor, count: int, random: np.random.Generator) -> list[Pose
         lag = sweep * sensor.sweep_interval_s
         yaw = -turn_rate * lag
         back = -speed * lag
-        place = np.array([back * math.cos(yaw / 2), back * math.sin(yaw / 2), height])
+        course = sensor.forward_rad + yaw / 2
+        place = np.array([back * math.cos(course), back * math.sin(course), height])
         poses.append(Pose(origin=place, yaw=yaw, lag_s=lag))
-    return poses
+    return poses, (speed * math.cos(sensor.forward_rad), speed * math.sin(sensor.forward_rad))
+
+
+def _own_car(scene: Scene, sensor: Sensor, key: Pose) -> None:
+    """The roof below the sensor, which casts a shadow and never shows."""
+    back, front, half, drop = sensor.own_car
+    x, y = (0.5 * (front - back) * part for part in (math.cos(sensor.forward_rad), math.sin(sensor.forward_rad)))
+    roof = (x, y, key.origin[2] - drop - 0.3)
+    scene.primitives.box(roof, sensor.forward_rad, (front + back, 2 * half, 0.3), Material(0.2), owner=OWN_CAR)
 
 
 def _boxes(objects: Float64[np.ndarray, "objects 9"], key: Pose) -> Boxes3D:

@@ -48,9 +48,9 @@ class Ground:
 
 
 def cast_ground(
-    ground: Ground, sensor: Sensor, origin: Float64[np.ndarray, " 3"], yaw: float
+    ground: Ground, sensor: Sensor, origin: Float64[np.ndarray, " 3"], yaw: float, rings: slice
 ) -> tuple[Float32[np.ndarray, "rings steps"], Float32[np.ndarray, "rings steps"]]:
-    """Range (m, infinite for none) and cosine of incidence at which each ray first meets the ground.
+    """Range (m, infinite for none) and cosine of incidence at which each ray of some rings first meets the ground.
 
     Along one azimuth the ground is a profile of heights over distance; a ring meets it where the running maximum of
     the profile's slope, seen from the sensor, first exceeds the slope of the ring.
@@ -62,12 +62,13 @@ def cast_ground(
     height -= np.float32(origin[2])
     horizon = np.maximum.accumulate(np.clip(height / distance, -4, 4), axis=1)
     start = np.arange(sensor.azimuth_steps)[:, None]
+    slopes = sensor.tangent[None, rings]
     keys = horizon + start * _KEY_STRIDE
-    wanted = sensor.tangent[None, :] + start * _KEY_STRIDE
+    wanted = slopes + start * _KEY_STRIDE
     after = np.searchsorted(keys.ravel(), wanted.ravel()).reshape(wanted.shape) - start * count
     met = after < count
     after = np.clip(after, 1, count - 1)
-    tangent = sensor.tangent.astype(np.float32)[None, :]
+    tangent = slopes.astype(np.float32)
     near, far = distance[after - 1], distance[after]
     low, high = np.take_along_axis(height, after - 1, axis=1), np.take_along_axis(height, after, axis=1)
     below, above = low - near * tangent, high - far * tangent

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 FRUSTUM, ELLIPSOID, CYLINDER, WHEEL = range(4)
 CLUTTER = -1
 GROUND = -2
+OWN_CAR = -3
 _FIELDS = 17
 _ROW = tuple[float, ...]
 _Local = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -136,7 +137,7 @@ class PrimitiveList:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Primitives:
-    """Primitives as columns; `owner` is the index of an object, or `CLUTTER`."""
+    """Primitives as columns; `owner` is the index of an object, `CLUTTER` or `OWN_CAR`."""
 
     kind: Int64[np.ndarray, " primitives"]
     position: Float64[np.ndarray, "primitives 3"]

@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int32
 
 from calib.simulator.cast import Echoes, Pose
 from calib.simulator.ground import Ground
-from calib.simulator.primitives import CLUTTER, GROUND, Primitives
+from calib.simulator.primitives import CLUTTER, GROUND, OWN_CAR, Primitives
 from calib.simulator.sensor import Sensor
 
 _GRAZING_COSINE = 0.028
@@ -43,6 +43,7 @@ def measure(
         [turn[0] * direction[0] - turn[1] * direction[1], turn[1] * direction[0] + turn[0] * direction[1], direction[2]]
     )
     start = np.array([pose.origin - poses[0].origin for pose in poses], dtype=np.float32)[sweep].T
+    start[2] += sensor.lift_m.astype(np.float32)[ray // sensor.azimuth_steps]
     albedo = np.append(primitives.albedo, np.float32(0))[thing] * np.append(primitives.glow, np.float32(1))[thing]
     sink = np.zeros(len(ray), dtype=np.float32)
     rows = np.flatnonzero(on_ground)
@@ -60,7 +61,7 @@ def measure(
         columns.append(np.array([pose.lag_s for pose in poses], dtype=np.float32)[sweep])
     owner = np.append(primitives.owner, CLUTTER)[thing].astype(np.int32)
     owner[on_ground] = CLUTTER
-    rows = np.flatnonzero(kept)
+    rows = np.flatnonzero(kept & (owner != OWN_CAR))
     table = np.stack(columns, axis=1)[rows]
     owner = owner[rows]
     if sensor.ego_returns:
@@ -80,7 +81,7 @@ def _survive(
     root = np.sqrt(cosine)
     reflected = albedo * np.where(on_ground, np.sqrt(root), root)
     signal = reflected * root * np.square(sensor.reach_m / np.maximum(echoes.range_m, 1))
-    chance = np.clip(0.02 + 1.2 * signal, 0, 0.97)
+    chance = np.clip(0.02 + 1.2 * signal, 0, 0.997)
     chance = np.where(on_ground, chance * np.clip(echoes.cosine / _GRAZING_COSINE, 0, 1), chance)
     kept = random.random(len(cosine), dtype=np.float32) < chance
     return kept, reflected

@@ -44,16 +44,18 @@ class Road:
         return self.left if side > 0 else self.right
 
 
-def draw_road(random: np.random.Generator) -> Road:
-    """A road of one to three lanes a direction, or a lane without parking, seen from one of its lanes."""
-    lanes = int(random.choice([1, 2, 3], p=[0.55, 0.33, 0.12]))
-    lane_m = float(random.uniform(2.9, 3.6))
+def draw_road(forward_rad: float, random: np.random.Generator) -> Road:
+    """A road of one to three lanes a direction, mostly along the way the car looks, seen from one of its lanes."""
+    lanes = int(random.choice([1, 2, 3], p=[0.68, 0.24, 0.08]))
+    lane_m = float(random.uniform(2.5, 3.5))
     parking = (bool(random.random() < 0.5), bool(random.random() < 0.5))
     parking_m = 2.2
     middle = float((random.integers(0, lanes) + 0.5) * lane_m)
     half = lanes * lane_m
     return Road(
-        heading=float(random.normal(0, 0.05) if random.random() < 0.85 else random.uniform(-math.pi, math.pi)),
+        heading=float(
+            forward_rad + random.normal(0, 0.05) if random.random() < 0.85 else random.uniform(-math.pi, math.pi)
+        ),
         lanes=lanes,
         lane_m=lane_m,
         middle=middle,
@@ -61,7 +63,7 @@ def draw_road(random: np.random.Generator) -> Road:
         left=middle + half + parking_m * parking[1],
         parking=parking,
         parking_m=parking_m,
-        pavement_m=float(random.uniform(1.0, 4.5)),
+        pavement_m=float(random.uniform(0.5, 3.2)),
         kerb_m=float(random.uniform(0.03, 0.15)),
         junction=float(random.uniform(12, 45) * random.choice([-1, 1])) if random.random() < 0.45 else None,
         crossing_half=float(random.uniform(4, 8)),
@@ -81,8 +83,8 @@ def draw_ground(road: Road, random: np.random.Generator, tilt_rad: float) -> Gro
     height += _waves(nodes, random, count=4, wavelength_m=(25, 80), amplitude_m=random.uniform(0.01, 0.07))
     height += np.float32(road.kerb_m) * np.clip(beside / 0.15, 0, 1)
     wild = np.clip((beside - np.float32(random.uniform(0.5, 3))) / 2, 0, 1)
-    rough = _waves(nodes, random, count=4, wavelength_m=(3, 12), amplitude_m=random.uniform(0.0, 0.07))
-    rough += _waves(nodes, random, count=4, wavelength_m=(0.7, 2.5), amplitude_m=random.uniform(0.0, 0.03))
+    rough = _waves(nodes, random, count=4, wavelength_m=(4, 15), amplitude_m=0.06 * random.random() ** 2)
+    rough += _waves(nodes, random, count=4, wavelength_m=(0.7, 2.5), amplitude_m=0.03 * random.random() ** 2)
     height += wild * rough
     for side in (-1, 1):
         start, width = random.uniform(1, 9), random.uniform(3, 15)

@@ -17,12 +17,19 @@ class Sensor:
 
     `intensity_gain` is the spread of one brightness factor per frame and `intensity_scale` the largest value that the
     data set stores. `sweeps` is how many sweeps its data set stacks into a frame, `sweep_interval_s` apart.
-    `ego_half_m` is the half edge of the square around the sensor in which its own car is cut out of earlier sweeps.
+
+    `forward_rad` is where the car drives in the sensor's axes. `blocks` are numbers of rings, from the lowest up, and
+    how far above the origin their beams leave. `own_car` is the roof that shadows the low rings: how far it reaches
+    back, forward and to either side, and how far below the sensor it lies. `ego_returns` is the share of rays of the
+    key sweep that its data set keeps as echoes of the own car.
     """
 
     name: str
     elevation_rad: tuple[float, ...]
     azimuth_steps: int
+    forward_rad: float
+    blocks: tuple[tuple[int, float], ...]
+    own_car: tuple[float, float, float, float]
     height_m: float
     height_jitter_m: float
     tilt_jitter_rad: float
@@ -43,6 +50,12 @@ class Sensor:
         """Slope of each ring."""
         tangent: np.ndarray = np.tan(np.asarray(self.elevation_rad))
         return tangent
+
+    @cached_property
+    def lift_m(self) -> Float64[np.ndarray, " rings"]:
+        """How far above the sensor's origin the beams of each ring leave."""
+        counts, lifts = zip(*self.blocks, strict=True)
+        return np.repeat(np.array(lifts, dtype=np.float64), counts)
 
     @cached_property
     def azimuth(self) -> Float64[np.ndarray, " steps"]:
@@ -73,8 +86,11 @@ SENSORS = {
     for sensor in (
         Sensor(
             name="hdl64",
-            elevation_rad=_degrees(np.linspace(2.0, -8.33, 32), np.linspace(-8.83, -24.6, 32)),
+            elevation_rad=_degrees(np.linspace(2.0, -8.5, 32), np.linspace(-8.95, -24.95, 32)),
             azimuth_steps=2083,
+            forward_rad=0.0,
+            blocks=((32, 0.11), (32, 0.16)),
+            own_car=(1.45, 1.35, 0.85, 0.45),
             height_m=1.73,
             height_jitter_m=0.05,
             tilt_jitter_rad=0.004,
@@ -82,7 +98,7 @@ SENSORS = {
             min_range_m=1.5,
             range_noise_m=0.018,
             reach_m=130.0,
-            intensity_gain=(0.7, 1.3),
+            intensity_gain=(0.9, 1.7),
             intensity_scale=1.0,
             intensity_levels=100,
             sweeps=1,
@@ -94,6 +110,9 @@ SENSORS = {
             name="nuscenes32",
             elevation_rad=_degrees(np.linspace(10.67, -30.67, 32)),
             azimuth_steps=1086,
+            forward_rad=np.pi / 2,
+            blocks=((32, 0.0),),
+            own_car=(1.5, 1.36, 0.9, 0.59),
             height_m=1.87,
             height_jitter_m=0.12,
             tilt_jitter_rad=0.006,
@@ -113,6 +132,9 @@ SENSORS = {
             name="once40",
             elevation_rad=_degrees(_PANDAR40),
             azimuth_steps=1800,
+            forward_rad=-np.pi / 2,
+            blocks=((40, 0.0),),
+            own_car=(1.5, 1.4, 0.8, 0.6),
             height_m=1.75,
             height_jitter_m=0.1,
             tilt_jitter_rad=0.005,
