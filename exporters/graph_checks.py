@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 from jaxtyping import Bool, Shaped
-from onnx import numpy_helper
 
 from dm3d_deploy.errors import ExportError
-from exporters.graph_files import first_line, interface, safe_load
+from exporters.graph_files import REFUSALS, array_of, first_line, interface, safe_load
 from exporters.sparse_functions import DOMAIN, PLUGIN
 
 OPSETS = range(18, 22)
@@ -61,7 +60,7 @@ def check_graph(path: Path) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model, full_check=True)
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except REFUSALS as error:
         raise ExportError(f"{path}: {first_line(error)}", fix="export the detector again") from None
     for values in (model.graph.input, inferred.graph.output, inferred.graph.value_info):
         interface(list(values))
@@ -113,14 +112,16 @@ def sparsity_of(source: Path | onnx.ModelProto) -> tuple[SparsityVerdict, ...]:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {node.output[0]: node for node in model.graph.node if node.output}
     for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = node.attribute[0].t
+        if node.op_type == "Constant":
+            constants.update((node.output[0], attribute.t) for attribute in node.attribute if attribute.name == "value")
     verdicts = []
     for node in model.graph.node:
         if node.domain in ("", "ai.onnx") and node.op_type in REDUCTION_AXIS and len(node.input) > 1:
             name, precision = _stored_weight(node.input[1], producers)
             if name in constants:
-                weight = numpy_helper.to_array(constants[name])
+                weight = array_of(constants[name])
+                if weight.ndim < 3:
+                    raise ExportError(f"{_called(node)} has a weight of shape {weight.shape}.", fix="export it again")
                 verdicts.append(_verdict(node, name, weight, precision or weight.dtype.name))
     return tuple(verdicts)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from dm3d_deploy.artifacts import Graph, artifact_of, write_bytes
 from dm3d_deploy.errors import ExportError
 
 MAX_GRAPH_BYTES = 1 << 30
+ELEMENT_TYPES = frozenset(helper.get_all_tensor_dtypes()) - {TensorProto.UNDEFINED}
+# ValueError and UnicodeDecodeError come where ONNX formats the error itself.
+REFUSALS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError)
 
 
 def safe_load(path: Path, *, max_bytes: int = MAX_GRAPH_BYTES) -> onnx.ModelProto:
@@ -30,7 +34,7 @@ def safe_load(path: Path, *, max_bytes: int = MAX_GRAPH_BYTES) -> onnx.ModelProt
         onnx.checker.check_model(model)
     except DecodeError:
         raise ExportError(f"{path} with {size} bytes is not an ONNX file.", fix=fix) from None
-    except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
+    except REFUSALS as error:
         raise ExportError(f"{path} is not a valid ONNX graph: {first_line(error)}", fix=fix) from None
     return model
 
@@ -77,15 +81,29 @@ def interface(values: list[onnx.ValueInfoProto]) -> dict[str, tuple[str, tuple[i
                 f"'{value.name}' has the shape {dims}, which is not static.", fix="export again with static shapes"
             )
         shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+        if tensor.elem_type not in ELEMENT_TYPES:
+            raise ExportError(f"'{value.name}' has the element type {tensor.elem_type}.", fix="export it again")
         found[value.name] = (helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
     return found
+
+
+def array_of(tensor: onnx.TensorProto) -> np.ndarray:
+    """The values of a stored tensor; ExportError if its bytes do not fill its shape."""
+    try:
+        array: np.ndarray = numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExportError(
+            f"tensor '{tensor.name}' of shape {list(tensor.dims)} cannot be read: {first_line(error)}",
+            fix="give an ONNX file that this tool exported",
+        ) from None
+    return array
 
 
 def write_graph(model: onnx.ModelProto, path: Path, *, kind: str, rounded_to_zero: int = 0) -> Graph:
     """Check a model and write it whole; the artefact's path is relative to the file's folder."""
     try:
         onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except REFUSALS as error:
         raise ExportError(
             f"{path.name} is not a valid ONNX graph: {first_line(error)}", fix="report this with the detector's YAML"
         ) from error

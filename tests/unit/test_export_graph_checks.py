@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from dm3d_deploy.errors import Dm3dError, ExportError
 from exporters.backbone3d import SparseLayer, backbone_model
 from exporters.graph_checks import check_graph, sparsity_of
-from exporters.graph_files import safe_load
+from exporters.graph_files import interface, safe_load
 
 
 def dense_model(weight=None, **attributes):
@@ -200,6 +200,24 @@ def test_weights_behind_quantisation_are_judged_as_int8():
     stored[0] = numpy_helper.from_array(weight.astype(np.float32), "f")
     (verdict,) = sparsity_of(helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:], stored)))
     assert (verdict.weight, verdict.precision, verdict.expected_gain) == ("f", "int8", True)
+
+
+def test_stored_weights_that_are_no_weights_are_refused():
+    short = dense_model()
+    short.graph.initializer[0].raw_data = b"\x00" * 10
+    with pytest.raises(ExportError, match=r"tensor 'w' of shape \[4, 4, 3, 3\] cannot be read"):
+        sparsity_of(short)
+    with pytest.raises(ExportError, match=r"node 'conv' \(ai\.onnx::Conv\) has a weight of shape \(4, 4\)"):
+        sparsity_of(dense_model(np.ones((4, 4), np.float32)))
+
+
+def test_unknown_element_types_are_refused(tmp_path):
+    model = dense_model()
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    with pytest.raises(ExportError):
+        check_graph(saved(tmp_path, model))
+    with pytest.raises(ExportError, match="'x' has the element type 99"):
+        interface(list(model.graph.input))
 
 
 def test_weights_that_the_file_does_not_hold_have_no_verdict():
