@@ -70,9 +70,7 @@ def split_counts(available: int, *, calibration: int, selection: int, held_out: 
     return min(calibration, available - held - chosen), chosen, held
 
 
-def plan_frames(
-    source: str, *, dataset: str, calibration: int, selection: int, held_out: int, seed: int
-) -> FramePlan:
+def plan_frames(source: str, *, dataset: str, calibration: int, selection: int, held_out: int, seed: int) -> FramePlan:
     """Choose the frames.
 
     Simulated: three disjoint ranges of seeds. A folder: evenly spaced files, dealt to the roles in turn. One file:

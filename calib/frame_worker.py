@@ -1,11 +1,10 @@
-"""A child process that takes every n-th frame of a job: `python -m calib.frame_worker JOB INDEX COUNT`."""
+"""A child process of calib.pool: it takes every n-th frame of each job that standard input names."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.numpy import save
 
 from calib.frame_outputs import batch_statistics, head_maps
 from calib.gradients import sketch_gradients
-from calib.pool import DONE_MARK, ERROR_MARK, FrameJob, result_path
+from calib.pool import DONE_MARK, ERROR_MARK, IDLE_MARK, FrameJob, result_path
 from dm3d_deploy.artifacts import write_bytes
 from dm3d_deploy.config import config_from_text
 from dm3d_deploy.errors import Dm3dError, UsageError
@@ -45,33 +44,38 @@ def work(job: FrameJob, index: int, count: int) -> None:
         raise UsageError(f"a frame worker cannot do '{job.kind}'.", fix="use one of " + ", ".join(KINDS))
     detector = build_detector(config_from_text(job.config_text, "the run's model.yaml"))
     load_checkpoint(detector, Path(job.weights))
+    parent = os.getppid()
     for frame in job.frames[index::count]:
+        if os.getppid() != parent:
+            raise SystemExit(1)  # nobody waits for the result any more
         features, coords = read_voxels(Path(job.frames_file), frame)
         result = KINDS[job.kind](
             detector, torch.from_numpy(features), torch.from_numpy(coords.astype(np.int64)), frame, job.settings
         )
-        write_bytes(result_path(Path(job.out_dir), frame), save({k: np.ascontiguousarray(v) for k, v in result.items()}))
+        write_bytes(
+            result_path(Path(job.out_dir), frame), save({k: np.ascontiguousarray(v) for k, v in result.items()})
+        )
         print(f"{DONE_MARK}{frame}", flush=True)
 
 
-def _leave_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
+def _job(path: Path) -> FrameJob:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return FrameJob(**{**data, "frames": tuple(data["frames"])})
 
 
-def main(arguments: list[str]) -> int:
-    """Run one share; a Dm3dError is told to the parent in one line of JSON."""
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    data = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    job = FrameJob(**{**data, "frames": tuple(data["frames"])})
-    try:
-        work(job, int(arguments[1]), int(arguments[2]))
-    except Dm3dError as error:
-        told = {"class": type(error).__name__, "what": error.what, "fix": error.fix}
-        print(ERROR_MARK + json.dumps(told), flush=True)
-        return error.exit_code
+def main() -> int:
+    """Take jobs from standard input, one `INDEX COUNT PATH` a line; a Dm3dError is told in one line of JSON."""
+    for line in sys.stdin:
+        index, count, path = line.rstrip("\n").split(" ", 2)
+        try:
+            work(_job(Path(path)), int(index), int(count))
+        except Dm3dError as error:
+            told = {"class": type(error).__name__, "what": error.what, "fix": error.fix}
+            print(ERROR_MARK + json.dumps(told), flush=True)
+            return error.exit_code
+        print(IDLE_MARK, flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

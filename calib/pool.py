@@ -5,16 +5,17 @@ A frame's result is computed by one thread, so it does not depend on how many pr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import selectors
+import queue
 import subprocess
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dm3d_deploy import errors
 from dm3d_deploy.artifacts import write_json
@@ -23,6 +24,7 @@ from dm3d_deploy.errors import Dm3dError, InternalError
 PROCESSES = 2
 ERROR_MARK = "dm3d-error "
 DONE_MARK = "dm3d-done "
+IDLE_MARK = "dm3d-idle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,71 +48,104 @@ def result_path(out_dir: Path, frame: int) -> Path:
     return out_dir / f"{frame:04d}.safetensors"
 
 
-def run_over_frames(job: FrameJob, *, advanced: Callable[[int, int], None], processes: int = PROCESSES) -> list[Path]:
-    """Run the job and return the frames' result files, in the order of `job.frames`.
+class FramePool:
+    """Child processes that take jobs until the pool is closed; they start with the first job.
 
-    Raises the child's own Dm3dError, or InternalError with the last lines of a child that died otherwise.
+    A child whose parent is gone leaves at the end of its pipe, or behind the frame it is working on.
     """
-    Path(job.out_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="dm3d-") as folder:
-        job_path = Path(folder) / "job.json"
+
+    def __init__(self, processes: int = PROCESSES) -> None:
+        self._count = max(1, min(processes, os.cpu_count() or 1))
+        self._children: list[subprocess.Popen[str]] = []
+        self._lines: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
+
+    def __enter__(self) -> FramePool:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the children, whatever they are doing."""
+        for child in self._children:
+            child.kill()
+            child.wait()
+            if child.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    child.stdin.close()
+        self._children = []
+        self._lines = queue.SimpleQueue()
+
+    def run(self, job: FrameJob, *, advanced: Callable[[int, int], None]) -> list[Path]:
+        """Run a job and return the frames' result files, in the order of `job.frames`.
+
+        Raises the child's own Dm3dError, or InternalError with the last lines of a child that died otherwise.
+        """
+        folder = Path(job.out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        while len(self._children) < min(self._count, len(job.frames)):
+            self._start()
+        job_path = folder / "job.json"
         write_json(job_path, asdict(job))
-        count = max(1, min(processes, os.cpu_count() or 1, len(job.frames)))
-        children = [_start(job_path, index, count) for index in range(count)]
+        for index, child in enumerate(self._children):
+            if child.stdin is None:
+                raise InternalError("a frame worker has no input pipe")
+            child.stdin.write(f"{index} {len(self._children)} {job_path}\n")
+            child.stdin.flush()
         try:
-            failure = _wait(children, total=len(job.frames), advanced=advanced)
-        finally:
-            for child in children:
-                child.kill()
-                child.wait()
-                for pipe in (child.stdout, child.stdin):
-                    if pipe is not None:
-                        pipe.close()
-    if failure is not None:
-        raise failure
-    return [result_path(Path(job.out_dir), frame) for frame in job.frames]
+            self._wait(total=len(job.frames), advanced=advanced)
+        except BaseException:
+            self.close()
+            raise
+        job_path.unlink()
+        return [result_path(folder, frame) for frame in job.frames]
+
+    def _wait(self, *, total: int, advanced: Callable[[int, int], None]) -> None:
+        """Read what the children say until each has finished its share."""
+        said: list[list[str]] = [[] for _ in self._children]
+        busy = len(self._children)
+        done = 0
+        advanced(done, total)
+        while busy:
+            index, line = self._lines.get()
+            if line is None:
+                raise _failure(said[index], self._children[index].wait())
+            if line.startswith(DONE_MARK):
+                done += 1
+                advanced(done, total)
+            elif line.startswith(IDLE_MARK):
+                busy -= 1
+            else:
+                said[index].append(line.rstrip())
+
+    def _start(self) -> None:
+        child = _child()
+        threading.Thread(target=_listen, args=(len(self._children), child, self._lines), daemon=True).start()
+        self._children.append(child)
 
 
-def _start(job_path: Path, index: int, count: int) -> subprocess.Popen[str]:
+def _listen(index: int, child: subprocess.Popen[str], lines: queue.SimpleQueue[tuple[int, str | None]]) -> None:
+    """Pass on a child's lines, then None: pipes of several children cannot be read in turn without blocking."""
+    if child.stdout is not None:
+        with child.stdout as stream:
+            for line in stream:
+                lines.put((index, line))
+    lines.put((index, None))
+
+
+def _child() -> subprocess.Popen[str]:
     environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     root = str(Path(__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "calib.frame_worker", str(job_path), str(index), str(count)],
-        stdin=subprocess.PIPE,  # its end tells the child that the parent is gone
+        [sys.executable, "-m", "calib.frame_worker"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        bufsize=1,
         env=environment,
     )
-
-
-def _wait(
-    children: Sequence[subprocess.Popen[str]], *, total: int, advanced: Callable[[int, int], None]
-) -> Exception | None:
-    selector = selectors.DefaultSelector()
-    said: dict[int, list[str]] = {}
-    for index, child in enumerate(children):
-        if child.stdout is None:
-            raise InternalError("a frame worker has no output pipe")
-        said[index] = []
-        selector.register(child.stdout, selectors.EVENT_READ, index)
-    done = 0
-    advanced(done, total)
-    while selector.get_map():
-        for key, _ in selector.select():
-            stream: IO[str] = key.fileobj  # type: ignore[assignment]  # registered above as a text pipe
-            line = stream.readline()
-            if not line:
-                selector.unregister(stream)
-                if children[key.data].wait() != 0:
-                    return _failure(said[key.data], children[key.data].returncode)
-            elif line.startswith(DONE_MARK):
-                done += 1
-                advanced(done, total)
-            else:
-                said[key.data].append(line.rstrip())
-    return None
 
 
 def _failure(lines: Sequence[str], code: int) -> Exception:

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from calib.pool import FramePool
 from dm3d_deploy import __version__
 from dm3d_deploy.artifacts import (
     MANIFEST_NAME,
@@ -32,7 +33,7 @@ from dm3d_deploy.errors import InternalError, UsageError, VerificationFailed, ne
 from dm3d_deploy.measurements import Measurements, read_measurements, write_measurements
 from dm3d_deploy.outside import outside_digest
 from dm3d_deploy.progress import Silent, Watch
-from dm3d_deploy.recipe import Recipe
+from dm3d_deploy.recipe import Recipe, recipe_from_mapping
 from dm3d_deploy.stages import FILES, STAGE_NAMES, STAGES, RunContext, Stage
 
 TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "safetensors")
@@ -73,7 +74,7 @@ def build(
     _refuse_foreign_folder(root, recipe)
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-    with _locked(root):
+    with _locked(root), FramePool() as pool:
         for leftover in root.rglob("*.partial"):
             leftover.unlink()
         book = _Book.open(root, recipe)
@@ -84,7 +85,7 @@ def build(
                 eye.finished(stage.name, 0.0, True)
                 continue
             eye.started(stage.name, stage.says)
-            book.run(stage, eye)
+            book.run(stage, eye, pool)
             seconds = time.perf_counter() - started
             book.record_seconds(stage.name, seconds)
             eye.finished(stage.name, seconds, False)
@@ -239,8 +240,8 @@ class _Book:
         consumer = STAGES[STAGE_NAMES.index(stage.name) + 1]
         return self.fresh(consumer) is None
 
-    def run(self, stage: Stage, watch: Watch) -> None:
-        context = RunContext(root=self.root, recipe=self.recipe, watch=watch)
+    def run(self, stage: Stage, watch: Watch, pool: FramePool) -> None:
+        context = RunContext(root=self.root, recipe=self.recipe, watch=watch, pool=pool)
         for kind in stage.optional:
             _remove(self.root / FILES[kind])
         self._forget(stage)
@@ -306,3 +307,25 @@ def _entry(stage: Stage) -> Callable[[RunContext], None]:
     module, function = stage.run.split(":")
     entry: Callable[[RunContext], None] = getattr(importlib.import_module(module), function)
     return entry
+
+
+def rerun(
+    root: Path, names: tuple[str, ...], *, changes: Mapping[str, Any] | None = None, watch: Watch | None = None
+) -> Manifest:
+    """Run single stages of a finished run again, without looking at what lies outside it (so: on the vehicle too).
+
+    `changes` are recipe fields that no stage's freshness depends on, such as `bench_repeats`.
+    """
+    recipe = recipe_from_mapping({**read_manifest(root).recipe, **(changes or {})})
+    eye: Watch = watch if watch is not None else Silent()
+    with _locked(root), FramePool() as pool:
+        book = _Book.open(root, recipe)
+        for name in names:
+            stage = STAGES[STAGE_NAMES.index(name)]
+            started = time.perf_counter()
+            eye.started(stage.name, stage.says)
+            book.run(stage, eye, pool)
+            seconds = time.perf_counter() - started
+            book.record_seconds(stage.name, seconds)
+            eye.finished(stage.name, seconds, False)
+        return book.manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from calib.pool import FramePool
 from dm3d_deploy.progress import Watch
 from dm3d_deploy.recipe import Recipe
 
@@ -64,11 +65,12 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """What a stage function gets: where the run lies, what was asked for, and who watches."""
+    """What a stage function gets: where the run lies, what was asked for, who watches, and who works over frames."""
 
     root: Path
     recipe: Recipe
     watch: Watch
+    pool: FramePool
 
     def path(self, kind: str) -> Path:
         """Where a kind of file lies in this run."""
@@ -130,7 +132,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="bench", says="measure latency here", run="dm3d_deploy.steps.deploy:bench",
         reads=("model_config", "frames", "frames_info", "bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d"),
-        writes=("latency",), recipe=("bench_repeats", "precision"), reproducible=False,
+        writes=("latency",), recipe=("precision",), reproducible=False,
     ),
     Stage(
         name="report", says="write the report", run="dm3d_deploy.steps.report:report",

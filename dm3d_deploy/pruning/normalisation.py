@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
@@ -53,14 +54,25 @@ class OutputScale:
             if not (np.isfinite(deviation).all() and (deviation > 0).all()):
                 raise InternalError(f"the deviations of {name} must be finite and positive: {deviation}")
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; numbers survive the way there and back."""
+        deviations = {name: deviation.tolist() for name, deviation in self.box_deviation.items()}
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "box_deviation": deviations}
 
-def tasks_of(maps: Maps) -> tuple[int, ...]:
-    """Task numbers, ascending."""
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> OutputScale:
+        """The inverse of `as_json`."""
+        deviations = {name: np.asarray(values, dtype=np.float64) for name, values in data["box_deviation"].items()}
+        return cls(**{**data, "box_deviation": deviations, "pooled": tuple(data["pooled"])})
+
+
+def tasks_of(maps: Iterable[str]) -> tuple[int, ...]:
+    """Task numbers, ascending, from the names of maps."""
     return tuple(sorted({int(name.split(".", 1)[0]) for name in maps}))
 
 
-def box_names(maps: Maps, task: int) -> tuple[str, ...]:
-    """Names of a task's box maps, in the order given."""
+def box_names(maps: Iterable[str], task: int) -> tuple[str, ...]:
+    """Those of the maps' names that are box maps of a task, in the order given."""
     return tuple(name for name in maps if name.startswith(f"{task}.") and name != f"{task}.hm")
 
 

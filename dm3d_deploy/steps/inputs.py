@@ -34,7 +34,9 @@ def load(run: RunContext) -> None:
     else:
         seed_weights(detector, run.recipe.seed)
         source, trained = f"UNTRAINED: seeded by parameter name (seed {run.recipe.seed})", False
-        run.watch.noted("UNTRAINED: no --checkpoint was given, so the weights are seeded noise; detections mean nothing")
+        run.watch.noted(
+            "UNTRAINED: no --checkpoint was given, so the weights are seeded noise; detections mean nothing"
+        )
     write_bytes(run.path("model_config"), config.text.encode())
     save_weights(detector, run.path("dense_weights"))
     write_json(

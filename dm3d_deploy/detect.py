@@ -1,0 +1,107 @@
+"""The deployed pipeline: points -> voxels -> sparse backbone -> BEV and head -> boxes. It imports no torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engines.onnx_runtime import OnnxSession, open_session, run_backbone
+from jaxtyping import Float32
+
+from dm3d_deploy.artifacts import Manifest, read_manifest
+from dm3d_deploy.config import DetectorConfig, load_config
+from dm3d_deploy.errors import UsageError, nearest
+from dm3d_deploy.geometry.decode import detections_from_maps
+from dm3d_deploy.geometry.voxelize import voxelize
+from dm3d_deploy.pointcloud import Detections, PointCloud, Voxels
+
+VARIANTS = ("pruned", "dense")
+GRAPHS = {"pruned": ("backbone3d", "bev_head"), "dense": ("dense_backbone3d", "dense_bev_head")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployedDetector:
+    """One variant of a run, its graphs opened after their digests were checked."""
+
+    config: DetectorConfig
+    manifest: Manifest
+    variant: str
+    backbone: OnnxSession
+    head: OnnxSession
+
+    def detect(self, points: PointCloud | Float32[np.ndarray, "points columns"]) -> Detections:
+        """Detections of one point cloud; a bare array has the model's own columns.
+
+        Raises FrameError for points that the model cannot take.
+        """
+        cloud = points if isinstance(points, PointCloud) else self.cloud_of(points)
+        return self.decode(self.maps_from_bev(self.bev_from_voxels(self.voxels_of(cloud))))
+
+    def cloud_of(self, points: Float32[np.ndarray, "points columns"]) -> PointCloud:
+        """A point cloud from an array whose columns are the model's."""
+        columns = self.config.voxels.columns
+        if points.ndim != 2 or points.shape[1] != len(columns):
+            raise UsageError(
+                f"the array has shape {points.shape}; the model takes the columns {', '.join(columns)}.",
+                fix="give an N x " + str(len(columns)) + " array, or a PointCloud from read_points",
+            )
+        return PointCloud(points=np.ascontiguousarray(points, dtype=np.float32), columns=columns)
+
+    def voxels_of(self, cloud: PointCloud) -> Voxels:
+        """First stage."""
+        return voxelize(cloud, self.config.voxels)
+
+    def bev_from_voxels(self, voxels: Voxels) -> np.ndarray:
+        """Second stage: the sparse 3D backbone, [1, C, H, W]."""
+        return run_backbone(self.backbone, voxels)
+
+    def maps_from_bev(self, bev: np.ndarray) -> dict[str, np.ndarray]:
+        """Third stage: raw head maps "TASK.BRANCH", Float32."""
+        outputs = self.head.run({"bev": bev.astype(self.head.input_type("bev"), copy=False)})
+        return {_map_name(name): array.astype(np.float32, copy=False) for name, array in outputs.items()}
+
+    def decode(self, maps: Mapping[str, np.ndarray]) -> Detections:
+        """Fourth stage: decoding and rotated NMS."""
+        return detections_from_maps(maps, self.config)
+
+    def stages(self) -> dict[str, Callable[[Any], Any]]:
+        """The four stages by name, each fed with what the one before gave."""
+        return {
+            "voxelise": self.voxels_of,
+            "3D": self.bev_from_voxels,
+            "BEV + head": self.maps_from_bev,
+            "decode + NMS": self.decode,
+        }
+
+
+def _map_name(output: str) -> str:
+    branch, task = output.rsplit("_", 1)
+    return f"{task}.{branch}"
+
+
+def load_run(path: str | os.PathLike[str], *, variant: str = "pruned", threads: int | None = None) -> DeployedDetector:
+    """Open a finished run for detection on this machine (ONNX Runtime, CPU).
+
+    Raises UsageError where there is no run, StaleArtifact where a file is not the one that was built.
+    """
+    root = Path(path)
+    if variant not in VARIANTS:
+        raise UsageError(f"a run has no variant '{variant}'.", fix=nearest(variant, VARIANTS))
+    manifest = read_manifest(root)
+    config = load_config(manifest.artifact("model_config").checked(root))
+    graphs = [manifest.artifact(kind) for kind in GRAPHS[variant]]
+    backbone, head = (open_session(root / a.path, digest=a.digest, threads=threads) for a in graphs)
+    return DeployedDetector(config=config, manifest=manifest, variant=variant, backbone=backbone, head=head)
+
+
+def detect_timed(detector: DeployedDetector, cloud: PointCloud) -> tuple[Detections, Voxels, float]:
+    """Detections with the voxels they came from and the milliseconds they took."""
+    started = time.perf_counter()
+    voxels = detector.voxels_of(cloud)
+    detections = detector.decode(detector.maps_from_bev(detector.bev_from_voxels(voxels)))
+    return detections, voxels, (time.perf_counter() - started) * 1e3

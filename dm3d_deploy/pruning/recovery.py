@@ -1,0 +1,53 @@
+"""Recovery without labels: batch-norm statistics re-estimated behind pruned weights, accepted only on evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from dm3d_deploy.errors import InternalError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """Whether a recovery is taken: mean distortion on the selection frames before and after it."""
+
+    before: float
+    after: float
+    accepted: bool
+    reason: str
+
+
+def mean_statistics(
+    frames: Sequence[Mapping[str, Float[np.ndarray, " channels"]]],
+) -> dict[str, Float[np.ndarray, " channels"]]:
+    """Statistics "MODULE.mean" and "MODULE.var" averaged over frames with equal weight.
+
+    That is PyTorch's cumulative moving average (momentum None) over one pass; its variances are unbiased within a
+    frame and leave out the spread between frames, as training with running averages does.
+    """
+    if not frames:
+        raise InternalError("batch-norm statistics need at least one frame")
+    names = frames[0].keys()
+    if any(frame.keys() != names for frame in frames):
+        raise InternalError("the frames' statistics name different layers")
+    return {
+        name: np.stack([frame[name] for frame in frames]).mean(axis=0, dtype=np.float64).astype(np.float32)
+        for name in names
+    }
+
+
+def judge(before: Sequence[float], after: Sequence[float]) -> Acceptance:
+    """Accept a recovery when the mean distortion of the selection frames falls; NaN and no frames are refusals."""
+    if not before or len(before) != len(after):
+        raise InternalError(f"a recovery is judged on the same frames, not {len(before)} and {len(after)}")
+    first, second = math.fsum(before) / len(before), math.fsum(after) / len(after)
+    if second < first:
+        reason = f"the distortion of {len(before)} selection frames fell from {first:.4g} to {second:.4g}"
+        return Acceptance(before=first, after=second, accepted=True, reason=reason)
+    reason = f"the distortion of {len(before)} selection frames did not fall: {first:.4g} before, {second:.4g} after"
+    return Acceptance(before=first, after=second, accepted=False, reason=reason)

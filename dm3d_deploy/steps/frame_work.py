@@ -1,0 +1,77 @@
+"""Work over a run's frames that several stages share: which frames, jobs over them, outputs and their distortion."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from calib.pool import FrameJob
+from dm3d_deploy.pruning.normalisation import OutputScale, output_distortion, top_cells
+from dm3d_deploy.stages import RunContext
+
+Maps = dict[str, np.ndarray]
+
+
+def frames_of(run: RunContext, role: str) -> tuple[int, ...]:
+    """Numbers of the frames with a role."""
+    rows = json.loads(run.path("frames_info").read_text(encoding="utf-8"))["frames"]
+    return tuple(index for index, row in enumerate(rows) if row["role"] == role)
+
+
+def frame_job(
+    run: RunContext, kind: str, frames: tuple[int, ...], *, weights: Path, folder: str, settings: Mapping[str, Any]
+) -> FrameJob:
+    """A job over frames of this run with the weights of a file; `folder` is a name below work/."""
+    return FrameJob(
+        kind=kind,
+        config_text=run.path("model_config").read_text(encoding="utf-8"),
+        weights=str(weights.resolve()),
+        frames_file=str(run.path("frames").resolve()),
+        frames=frames,
+        out_dir=str((run.root / "work" / folder).resolve()),
+        settings=dict(settings),
+    )
+
+
+def outputs_of(run: RunContext, weights: Path, frames: tuple[int, ...], advanced: Callable[[int], None]) -> list[Maps]:
+    """Raw head maps of frames by a detector with the weights of a file; `advanced` gets the frames done so far."""
+    job = frame_job(run, "outputs", frames, weights=weights, folder=".outputs", settings={})
+    files = run.pool.run(job, advanced=lambda done, _: advanced(done))
+    outputs = [load_file(file) for file in files]
+    shutil.rmtree(job.out_dir)
+    return outputs
+
+
+def distortions(run: RunContext, dense: Sequence[Maps], other: Sequence[Maps]) -> list[float]:
+    """Distortion of each frame's outputs against the dense model's."""
+    scale = OutputScale.from_json(json.loads(run.path("output_scale").read_text(encoding="utf-8")))
+    return [
+        output_distortion(
+            a, b, scale, top_cells(a, scale.box_cells),
+            lambda_box=run.recipe.lambda_box, lambda_score=run.recipe.lambda_score,
+        )
+        for a, b in zip(dense, other, strict=True)
+    ]  # fmt: skip
+
+
+class Pieces:
+    """Adds up the pieces of several jobs in a row, for one progress bar."""
+
+    def __init__(self, run: RunContext, total: int) -> None:
+        self.run = run
+        self.total = total
+        self.before = 0
+
+    def done(self, count: int) -> None:
+        """`count` pieces of the current job are done."""
+        self.run.watch.advanced(self.before + count, self.total)
+
+    def next_job(self, count: int) -> None:
+        """The current job, of `count` pieces, is finished."""
+        self.before += count
