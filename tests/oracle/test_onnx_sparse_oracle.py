@@ -198,10 +198,12 @@ def test_the_whole_backbone_equals_a_dense_one(count):
     assert np.abs(bev - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_a_frame_without_voxels_leaves_an_empty_map():
+@pytest.mark.parametrize("count", [0, -3])
+def test_a_frame_without_voxels_leaves_an_empty_map(count):
     rng = np.random.default_rng(0)
     model = backbone_model(small_backbone(rng), grid_zyx=GRID, max_voxels=8)
-    bev, status = run(model, feed_of(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64), 8, rng))
+    feed = feed_of(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64), 8, rng)
+    bev, status = run(model, feed | {"count": np.array([count], np.int32)})
     assert bev.shape == (1, 7, 3, 3)
     assert not bev.any()
     assert not status.any()

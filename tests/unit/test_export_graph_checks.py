@@ -60,7 +60,7 @@ def test_files_that_are_no_graphs(tmp_path):
         safe_load(path, max_bytes=10)
 
 
-@pytest.mark.parametrize("where", ["initializer", "constant", "function", "branch"])
+@pytest.mark.parametrize("where", ["initializer", "constant", "function", "branch", "node in a branch"])
 def test_weights_in_other_files_are_refused(tmp_path, where):
     model = dense_model()
     if where == "initializer":
@@ -76,9 +76,14 @@ def test_weights_in_other_files_are_refused(tmp_path, where):
         tensor = next(node for node in body if node.op_type == "Constant").attribute[0].t
         tensor.name = "t"
     else:
-        inner = helper.make_graph([], "inner", [], [], [numpy_helper.from_array(np.ones(3), "t")])
+        values = numpy_helper.from_array(np.ones(3), "t")
+        node = helper.make_node("Constant", [], ["c"], value=values)
+        inner = helper.make_graph(
+            *(([], "inner", [], [], [values]) if where == "branch" else ([node], "inner", [], []))
+        )
         model.graph.node.append(helper.make_node("If", ["x"], ["z"], then_branch=inner, else_branch=inner))
-        tensor = model.graph.node[-1].attribute[0].g.initializer[0]
+        branch = next(a.g for a in model.graph.node[-1].attribute if a.name == "then_branch")
+        tensor = branch.initializer[0] if where == "branch" else branch.node[0].attribute[0].t
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../../secret")
     with pytest.raises(ExportError, match=r"tensor '[wt]' lies in another file"):
