@@ -17,9 +17,15 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 def head_maps(
     detector: Detector, features: torch.Tensor, coords: torch.Tensor, frame: int, settings: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Raw head outputs "TASK.BRANCH" Float32[1, C, H, W]; with settings["pairs"], also "pairs.LAYER" Int64[taps]."""
+    """Raw head outputs "TASK.BRANCH" Float32[1, C, H, W].
+
+    With settings["pairs"], also "pairs.LAYER" Int64[taps]; with settings["bev"], also the backbone's map "bev".
+    """
     with torch.inference_mode():
-        maps = {name: tensor.numpy() for name, tensor in detector(features, coords).items()}
+        bev = detector.backbone_to_bev(features, coords)
+        maps = {name: tensor.numpy() for name, tensor in detector.bev_to_heads(bev).items()}
+    if settings.get("bev"):
+        maps["bev"] = bev.numpy()
     if settings.get("pairs"):
         maps |= {f"pairs.{name}": pairs for name, pairs in sparse_pair_counts(detector, coords).items()}
     return maps

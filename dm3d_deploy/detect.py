@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines.onnx_runtime import OnnxSession, open_session, run_backbone
 from jaxtyping import Float32
 
 from dm3d_deploy.artifacts import Manifest, read_manifest
@@ -19,6 +18,7 @@ from dm3d_deploy.errors import UsageError, nearest
 from dm3d_deploy.geometry.decode import detections_from_maps
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Detections, PointCloud, Voxels
+from engines.onnx_runtime import OnnxSession, open_session, run_backbone
 
 VARIANTS = ("pruned", "dense")
 GRAPHS = {"pruned": ("backbone3d", "bev_head"), "dense": ("dense_backbone3d", "dense_bev_head")}
@@ -58,12 +58,12 @@ class DeployedDetector:
 
     def bev_from_voxels(self, voxels: Voxels) -> np.ndarray:
         """Second stage: the sparse 3D backbone, [1, C, H, W]."""
-        return run_backbone(self.backbone, voxels)
+        return run_backbone(self.backbone, voxels)[0]
 
     def maps_from_bev(self, bev: np.ndarray) -> dict[str, np.ndarray]:
         """Third stage: raw head maps "TASK.BRANCH", Float32."""
-        outputs = self.head.run({"bev": bev.astype(self.head.input_type("bev"), copy=False)})
-        return {_map_name(name): array.astype(np.float32, copy=False) for name, array in outputs.items()}
+        outputs = self.head.run({"bev": bev.astype(self.head.inputs["bev"][0], copy=False)})
+        return {map_name(name): array.astype(np.float32, copy=False) for name, array in outputs.items()}
 
     def decode(self, maps: Mapping[str, np.ndarray]) -> Detections:
         """Fourth stage: decoding and rotated NMS."""
@@ -79,7 +79,8 @@ class DeployedDetector:
         }
 
 
-def _map_name(output: str) -> str:
+def map_name(output: str) -> str:
+    """ "hm_0" of the graph is "0.hm" everywhere else."""
     branch, task = output.rsplit("_", 1)
     return f"{task}.{branch}"
 

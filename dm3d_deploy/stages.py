@@ -32,6 +32,7 @@ FILES = {
     "export_info": "work/export.json",
     "bev_head_engine": "engines/bev_head.rtx.engine",
     "engines_info": "engines/engines.json",
+    "engine_layers": "engines/bev_head.rtx.engine.layers.json",
     "engine_log": "engines/bev_head.rtx.log",
     "verification": "work/verification.json",
     "dense_detections": "detections/dense.json",
@@ -119,7 +120,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="engine", says="build engines", run="dm3d_deploy.steps.deploy:engine",
-        reads=("bev_head",), writes=("engines_info",), optional=("bev_head_engine", "engine_log"),
+        reads=("bev_head",), writes=("engines_info",), optional=("bev_head_engine", "engine_layers", "engine_log"),
         recipe=("device", "precision"), reproducible=False,
     ),
     Stage(

@@ -39,9 +39,16 @@ def frame_job(
     )
 
 
-def outputs_of(run: RunContext, weights: Path, frames: tuple[int, ...], advanced: Callable[[int], None]) -> list[Maps]:
+def outputs_of(
+    run: RunContext,
+    weights: Path,
+    frames: tuple[int, ...],
+    advanced: Callable[[int], None],
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Maps]:
     """Raw head maps of frames by a detector with the weights of a file; `advanced` gets the frames done so far."""
-    job = frame_job(run, "outputs", frames, weights=weights, folder=".outputs", settings={})
+    job = frame_job(run, "outputs", frames, weights=weights, folder=".outputs", settings=settings or {})
     files = run.pool.run(job, advanced=lambda done, _: advanced(done))
     outputs = [load_file(file) for file in files]
     shutil.rmtree(job.out_dir)

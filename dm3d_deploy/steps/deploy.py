@@ -1,0 +1,152 @@
+"""The stages that leave something deployable and time it: export, engine, bench."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any, Literal, cast
+
+import numpy as np
+from safetensors import safe_open
+
+from dm3d_deploy.artifacts import Engine, Graph, write_json
+from dm3d_deploy.config import load_config
+from dm3d_deploy.device import devices_from, rtx_targets, stamp_here
+from dm3d_deploy.errors import InternalError
+from dm3d_deploy.pointcloud import PointCloud
+from dm3d_deploy.stages import FILES, RunContext
+
+WARMUP_ROUNDS = 1
+
+
+def export(run: RunContext) -> None:
+    """Write the pruned and the dense detector as ONNX, check what was written, and judge its 2:4 weights."""
+    from dm3d_deploy.models.checkpoints import load_checkpoint
+    from dm3d_deploy.models.detector import build_detector
+    from exporters.backbone3d import export_backbone3d
+    from exporters.bev_head import export_bev_head
+    from exporters.graph_checks import check_graph, sparsity_of
+
+    config = load_config(run.path("model_config"))
+    precision = cast(Literal["fp16", "fp32"], run.recipe.precision)
+    graphs: list[dict[str, Any]] = []
+    kinds = {"pruned_weights": ("bev_head", "backbone3d"), "dense_weights": ("dense_bev_head", "dense_backbone3d")}
+    for weights, (head, backbone) in kinds.items():
+        detector = build_detector(config)
+        load_checkpoint(detector, run.path(weights))
+        graphs.append(_row(head, export_bev_head(detector, run.path(head), precision=precision)))
+        run.watch.advanced(len(graphs), 4)
+        cap = config.voxels.max_voxels
+        graphs.append(_row(backbone, export_backbone3d(detector, run.path(backbone), max_voxels=cap)))
+        run.watch.advanced(len(graphs), 4)
+        for kind in (head, backbone):
+            check_graph(run.path(kind))
+    verdicts = [asdict(verdict) for verdict in sparsity_of(run.path("bev_head"))]
+    write_json(run.path("export_info"), {"graphs": graphs, "sparsity": verdicts})
+
+
+def _row(kind: str, graph: Graph) -> dict[str, Any]:
+    return {
+        "path": FILES[kind],
+        "inputs": {name: [kind, list(shape)] for name, (kind, shape) in graph.inputs.items()},
+        "outputs": {name: [kind, list(shape)] for name, (kind, shape) in graph.outputs.items()},
+        "opset": graph.opset,
+        "rounded_to_zero": graph.rounded_to_zero,
+    }
+
+
+def engine(run: RunContext) -> None:
+    """Build the BEV-and-head engine for every target that can be built for here; say what was left out and why."""
+    from engines.tensorrt_rtx import build_rtx_engine, rtx_missing
+
+    devices = devices_from(run.recipe.device)
+    targets = rtx_targets(devices)
+    built: list[dict[str, Any]] = []
+    skipped = [
+        {"layer": f"engine for {device.name}", "reason": f"cannot be built here: {device.builds_here}"}
+        for device in devices
+        if device.sm is None or device.sm not in targets
+    ]
+    missing = rtx_missing()
+    if missing is not None and targets:
+        skipped.append({"layer": f"engine for {', '.join(targets)}", "reason": f"{missing.what} Fix: {missing.fix}"})
+        run.watch.noted(f"no TensorRT-RTX engine: {missing.what} Fix: {missing.fix}")
+    elif targets:
+        found = build_rtx_engine(
+            run.path("bev_head"), FILES["bev_head_engine"], root=run.root, targets=targets,
+            precision=run.recipe.precision, log_path=FILES["engine_log"],
+        )  # fmt: skip
+        built.append(_engine_row(found))
+    write_json(run.path("engines_info"), {"engines": built, "skipped": skipped})
+
+
+def _engine_row(found: Engine) -> dict[str, Any]:
+    return {
+        "path": found.artifact.path,
+        "backend": found.backend,
+        "version": found.version,
+        "built_for": list(found.built_for),
+        "precision": found.precision,
+        "layers": found.layers,
+        "sha256": found.artifact.digest,
+        "bytes": found.artifact.bytes,
+        "standing": found.standing,
+    }
+
+
+def shown_cloud(run: RunContext) -> tuple[PointCloud, str, int]:
+    """The frame that is compared, timed and drawn: its points, its name and its number."""
+    info = json.loads(run.path("frames_info").read_text(encoding="utf-8"))
+    with safe_open(run.path("frames"), framework="np") as file:
+        points: np.ndarray = file.get_tensor("shown.points")
+    shown = int(info["shown"])
+    label = str(info["frames"][shown]["label"])
+    return PointCloud(points=points, columns=tuple(info["shown_columns"]), source=label), label, shown
+
+
+def bench(run: RunContext) -> None:
+    """Time every stage of the dense and the pruned pipeline in turns, on the shown frame, on this machine's CPU."""
+    from dm3d_deploy.detect import VARIANTS, load_run
+    from engines.latency import latency_warnings, sample
+
+    cloud, label, _ = shown_cloud(run)
+    detectors = {variant: load_run(run.root, variant=variant) for variant in reversed(VARIANTS)}
+    voxels = len(next(iter(detectors.values())).voxels_of(cloud).coords)
+    rounds = WARMUP_ROUNDS + run.recipe.bench_repeats
+    done = 0
+
+    def counted(cloud: PointCloud) -> PointCloud:
+        nonlocal done
+        run.watch.advanced(done, rounds * len(detectors))
+        done += 1
+        return cloud
+
+    version = next(iter(detectors.values())).backbone.version
+    latencies = sample(
+        {name: _announced(detector.stages(), counted) for name, detector in detectors.items()},
+        [cloud], warmup=WARMUP_ROUNDS, repeats=run.recipe.bench_repeats, voxels=[voxels],
+        backend=f"ONNX Runtime {version} CPU, BEV and head {run.recipe.precision}",
+    )  # fmt: skip
+    if not latencies:
+        raise InternalError("the bench timed nothing")
+    write_json(
+        run.path("latency"),
+        {
+            "frame": label,
+            "machine": stamp_here().as_json(),
+            "latency": [latency.as_json() for latency in latencies],
+            "warnings": _unsteady(latencies, latency_warnings),
+        },
+    )
+
+
+def _announced(stages: Any, before: Any) -> dict[str, Any]:
+    """The stages with a progress step in front of the first one."""
+    names = list(stages)
+    first = stages[names[0]]
+    return {**stages, names[0]: lambda cloud: first(before(cloud))}
+
+
+def _unsteady(latencies: list[Any], judge: Any) -> list[str]:
+    """Warnings about the totals; every stage's own would bury them."""
+    return [warning for latency in latencies if latency.stage == "total" for warning in judge(latency)]
