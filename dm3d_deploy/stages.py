@@ -138,7 +138,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="report", says="write the report", run="dm3d_deploy.steps.report:report",
         reads=("model_config", "model_info", "frames", "frames_info", "layers", "allocation", "masks_info", "recovery",
-               "export_info", "engines_info", "verification", "dense_detections", "pruned_detections", "latency"),
+               "export_info", "engines_info", "output_scale", "verification", "dense_detections", "pruned_detections",
+               "latency"),
         writes=("report", "report_page"),
         recipe=("target", "scope", "patterns", "device", "precision"), reproducible=False,
     ),
