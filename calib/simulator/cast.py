@@ -100,15 +100,14 @@ def cast(
     random: np.random.Generator,
 ) -> Echoes:
     """The nearest surface along every ray of every sweep; primitives move at `velocity` (m/s) up to the key frame."""
-    views = _views(sensor, poses)
-    surfaces = [cast_ground(ground, sensor, view.origin, view.yaw, view.rings) for view in views]
+    surfaces = [cast_ground(ground, sensor, pose.origin, pose.yaw) for pose in poses]
     depth = np.concatenate([surface[0].ravel() for surface in surfaces])
     cosine = np.concatenate([surface[1].ravel() for surface in surfaces])
     np.copyto(depth, np.inf, where=depth > sensor.max_range_m)
     nearest = np.where(np.isfinite(depth), GROUND, _NOTHING).astype(np.int32)
     if len(primitives):
         caster = _Caster(sensor, primitives, depth, nearest, cosine, random)
-        for batch in _batches(_slices(sensor, views, primitives, velocity), primitives.kind):
+        for batch in _batches(_slices(sensor, _views(sensor, poses), primitives, velocity), primitives.kind):
             caster.meet(batch)
     ray = np.flatnonzero((nearest != _NOTHING) & (depth > sensor.min_range_m))
     return Echoes(ray=ray, range_m=depth[ray], primitive=nearest[ray], cosine=cosine[ray])

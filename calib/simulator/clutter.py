@@ -15,7 +15,7 @@ def building(scene: Scene, u: float, v: float, size: tuple[float, float, float],
         return False
     random, yaw = scene.random, scene.road.heading
     x, y, z = scene.foot(u, v + side * depth / 2)
-    wall = Material(random.uniform(0.15, 0.6), glass=random.uniform(0, 0.15))
+    wall = Material(random.uniform(0.15, 0.6))
     scene.primitives.box((x, y, z - 2), yaw, (length, depth, height + 2), wall)
     if random.random() < 0.5:
         ridge = (length, 0.3) if random.random() < 0.7 else (0.3, depth)

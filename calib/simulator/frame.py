@@ -44,20 +44,19 @@ def simulate_frame(
     """The frame of that seed, the same bits every time.
 
     `sweeps` defaults to what the sensor's data set stacks into a frame; `rare` multiplies the share of trucks, buses,
-    trailers and construction vehicles. Raises `UsageError` for an unknown sensor, no sweep, or a share below zero.
+    trailers and construction vehicles. Raises `UsageError` for an unknown sensor, no sweep, a seed or share below zero.
     """
     model = sensor_named(sensor)
     count = model.sweeps if sweeps is None else sweeps
     if count < 1:
         raise UsageError(f"a frame of {count} sweeps has no points.", fix="ask for one sweep or more")
-    if rare < 0:
+    if not rare >= 0:
         raise UsageError(f"the share of rare classes cannot be multiplied by {rare}.", fix="use a factor of 0 or more")
+    if seed < 0:
+        raise UsageError(f"{seed} is no seed.", fix="use a whole number of 0 or more")
     random = np.random.Generator(np.random.PCG64(seed))
-    road = draw_road(model.forward_rad, random)
-    scene = Scene(road, draw_ground(road, random, model.tilt_jitter_rad), random)
-    populate(scene, density=float(random.uniform(0.4, 1.3)), rare=rare)
-    furnish(scene)
     poses, speed = _drive(model, count, random)
+    scene = lay_out(model, poses, random, rare=rare)
     _own_car(scene, model, poses[0])
     objects, primitives = scene.objects(), scene.primitives.table()
     moving = np.concatenate([objects[:, 7:9], [speed, (0.0, 0.0), (0.0, 0.0)]])
@@ -72,6 +71,15 @@ def simulate_frame(
         seed=seed,
         sensor=sensor,
     )
+
+
+def lay_out(sensor: Sensor, poses: list[Pose], random: np.random.Generator, *, rare: float = 1.0) -> Scene:
+    """Draw a street with all that stands and drives in it, clear of the way that the car came."""
+    road = draw_road(sensor.forward_rad, random)
+    scene = Scene(road, draw_ground(road, random, sensor.tilt_jitter_rad), poses, random)
+    populate(scene, density=random.uniform(0.3, 1.1), rare=rare)
+    furnish(scene)
+    return scene
 
 
 def _drive(sensor: Sensor, count: int, random: np.random.Generator) -> tuple[list[Pose], tuple[float, float]]:

@@ -12,6 +12,7 @@ from calib.simulator.sensor import Sensor
 _FIRST_SAMPLE_M = 1.6
 _SAMPLE_RATIO = 1.02
 _KEY_STRIDE = 16.0
+_AZIMUTHS_AT_ONCE = 192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +49,9 @@ class Ground:
 
 
 def cast_ground(
-    ground: Ground, sensor: Sensor, origin: Float64[np.ndarray, " 3"], yaw: float, rings: slice
+    ground: Ground, sensor: Sensor, origin: Float64[np.ndarray, " 3"], yaw: float
 ) -> tuple[Float32[np.ndarray, "rings steps"], Float32[np.ndarray, "rings steps"]]:
-    """Range (m, infinite for none) and cosine of incidence at which each ray of some rings first meets the ground.
+    """Range (m, infinite for none) and cosine of incidence at which each ray first meets the ground.
 
     Along one azimuth the ground is a profile of heights over distance; a ring meets it where the running maximum of
     the profile's slope, seen from the sensor, first exceeds the slope of the ring.
@@ -58,24 +59,42 @@ def cast_ground(
     count = int(np.log(sensor.max_range_m / _FIRST_SAMPLE_M) / np.log(_SAMPLE_RATIO)) + 2
     distance = (_FIRST_SAMPLE_M * _SAMPLE_RATIO ** np.arange(count)).astype(np.float32)
     azimuth = (sensor.azimuth + yaw).astype(np.float32)[:, None]
-    height = ground.height_at(origin[0] + np.cos(azimuth) * distance, origin[1] + np.sin(azimuth) * distance)
-    height -= np.float32(origin[2])
+    range_m = np.empty((len(sensor.tangent), len(azimuth)), dtype=np.float32)
+    cosine = np.empty_like(range_m)
+    for first in range(0, len(azimuth), _AZIMUTHS_AT_ONCE):
+        sector = slice(first, first + _AZIMUTHS_AT_ONCE)
+        x, y = np.cos(azimuth[sector]), np.sin(azimuth[sector])
+        height = ground.height_at(origin[0] + x * distance, origin[1] + y * distance)
+        ring = 0
+        for rings, lift in sensor.blocks:
+            block = slice(ring, ring + rings)
+            below = height - np.float32(origin[2] + lift)
+            met = _meet_profiles(distance, below, sensor.tangent[block])
+            range_m[block, sector], cosine[block, sector] = met
+            ring += rings
+    return range_m, cosine
+
+
+def _meet_profiles(
+    distance: Float32[np.ndarray, " samples"],
+    height: Float32[np.ndarray, "profiles samples"],
+    tangent: Float64[np.ndarray, " rings"],
+) -> tuple[Float32[np.ndarray, "rings profiles"], Float32[np.ndarray, "rings profiles"]]:
+    """Range and cosine where each ring meets each profile of heights relative to the sensor."""
+    count = len(distance)
     horizon = np.maximum.accumulate(np.clip(height / distance, -4, 4), axis=1)
-    start = np.arange(sensor.azimuth_steps)[:, None]
-    slopes = sensor.tangent[None, rings]
-    keys = horizon + start * _KEY_STRIDE
-    wanted = slopes + start * _KEY_STRIDE
+    start = np.arange(len(height))[:, None]
+    keys, wanted = horizon + start * _KEY_STRIDE, tangent[None, :] + start * _KEY_STRIDE
     after = np.searchsorted(keys.ravel(), wanted.ravel()).reshape(wanted.shape) - start * count
     met = after < count
     after = np.clip(after, 1, count - 1)
-    tangent = slopes.astype(np.float32)
+    grade = tangent.astype(np.float32)[None, :]
     near, far = distance[after - 1], distance[after]
     low, high = np.take_along_axis(height, after - 1, axis=1), np.take_along_axis(height, after, axis=1)
-    below, above = low - near * tangent, high - far * tangent
-    step = np.clip(below / np.where(above - below == 0, np.float32(1e-6), below - above), 0, 1)
-    level = near + (far - near) * step
+    below, above = low - near * grade, high - far * grade
+    step = np.clip(below / np.where(above == below, np.float32(-1), below - above), 0, 1)
     slope = (high - low) / (far - near)
-    rise = np.sqrt(1 + tangent * tangent)
-    cosine = np.clip((slope - tangent) / rise / np.sqrt(1 + slope * slope), 0.0, 1.0)
-    range_m = np.where(met, level * rise, np.float32(np.inf))
-    return range_m.T.astype(np.float32), cosine.T.astype(np.float32)
+    rise = np.sqrt(1 + grade * grade)
+    cosine = np.clip((slope - grade) / rise / np.sqrt(1 + slope * slope), 0, 1)
+    range_m = np.where(met, (near + (far - near) * step) * rise, np.float32(np.inf))
+    return range_m.T, cosine.T

@@ -25,17 +25,18 @@ CLASS_NAMES = (
 
 # mean and deviation of length, width and height (m); motorcycle and bicycle without a rider
 SIZES = {
-    "car": ((4.25, 0.42), (1.74, 0.11), (1.56, 0.14)),
-    "truck": ((6.9, 1.4), (2.45, 0.2), (2.9, 0.4)),
-    "construction_vehicle": ((6.2, 1.2), (2.7, 0.35), (3.1, 0.35)),
-    "bus": ((11.0, 1.0), (2.85, 0.15), (3.3, 0.3)),
-    "trailer": ((11.5, 1.8), (2.7, 0.25), (3.7, 0.3)),
-    "barrier": ((0.52, 0.12), (2.3, 0.4), (1.0, 0.12)),
-    "motorcycle": ((2.1, 0.15), (0.8, 0.08), (1.2, 0.1)),
-    "bicycle": ((1.75, 0.12), (0.6, 0.06), (1.1, 0.08)),
-    "pedestrian": ((0.75, 0.15), (0.66, 0.1), (1.74, 0.12)),
-    "traffic_cone": ((0.42, 0.07), (0.42, 0.07), (0.85, 0.18)),
+    "car": ((4.3, 0.48), (1.78, 0.14), (1.6, 0.16)),
+    "truck": ((6.9, 1.5), (2.48, 0.22), (2.85, 0.45)),
+    "construction_vehicle": ((6.3, 1.3), (2.75, 0.35), (3.15, 0.4)),
+    "bus": ((10.9, 1.2), (2.9, 0.15), (3.4, 0.3)),
+    "trailer": ((12.0, 1.9), (2.85, 0.25), (3.8, 0.35)),
+    "barrier": ((0.51, 0.12), (2.4, 0.4), (0.99, 0.12)),
+    "motorcycle": ((2.1, 0.18), (0.78, 0.09), (1.2, 0.1)),
+    "bicycle": ((1.72, 0.13), (0.6, 0.07), (1.1, 0.08)),
+    "pedestrian": ((0.74, 0.15), (0.67, 0.1), (1.75, 0.12)),
+    "traffic_cone": ((0.41, 0.07), (0.41, 0.07), (0.95, 0.2)),
 }
+_COMMON = 0.6
 _RUBBER = Material(0.06)
 _PLATE = Material(1.0, glow=3.0)
 _DARK = Material(0.12)
@@ -62,11 +63,11 @@ class Placed:
 
 
 def draw_size(name: str, random: np.random.Generator) -> tuple[float, float, float]:
-    """Length, width and height of one object of a class."""
-    draws = random.standard_normal(3)
+    """Length, width and height of one object of a class; part of the deviation is common to the three."""
+    common, *own = np.clip(random.standard_normal(4), -2.5, 2.5)
+    draws = (_COMMON * common + math.sqrt(1 - _COMMON**2) * each for each in own)
     length, width, height = (
-        max(mean + float(np.clip(draw, -2.5, 2.5)) * spread, 0.6 * mean)
-        for draw, (mean, spread) in zip(draws, SIZES[name], strict=True)
+        max(mean + float(draw) * spread, 0.6 * mean) for draw, (mean, spread) in zip(draws, SIZES[name], strict=True)
     )
     return length, width, height
 
@@ -85,17 +86,21 @@ def _car(thing: Placed, into: PrimitiveList, random: np.random.Generator) -> Non
     length, width, height, yaw, owner = thing.length, thing.width, thing.height, thing.yaw, thing.owner
     paint = _paint(random)
     clearance, belt = random.uniform(0.15, 0.25), height * random.uniform(0.52, 0.62)
+    waist = clearance + (belt - clearance) * random.uniform(0.5, 0.8)
+    sill, hood = (length * 0.985, width), random.uniform(0.9, 0.97)
+    into.frustum(thing.at(0, 0, clearance), yaw, sill, (length, 0.99 * width), waist - clearance, paint, owner=owner)
     into.frustum(
-        thing.at(0, 0, clearance),
+        thing.at(0, 0, waist),
         yaw,
-        (length, width),
-        (length * 0.97, width * 0.97),
-        belt - clearance,
+        (length, 0.99 * width),
+        (hood * length, 0.94 * width),
+        belt - waist,
         paint,
+        shift=-(1 - hood) * random.uniform(0.2, 0.5) * length,
         owner=owner,
     )
-    foot, top, shift, place = _car_cabin(random)
-    cabin = Material(paint.albedo, glass=float(random.uniform(0.3, 0.7)))
+    foot, top, shift, place = _car_cabin(height, random)
+    cabin = Material(paint.albedo, glass=float(random.uniform(0.2, 0.6)))
     into.frustum(
         thing.at(place * length, 0, belt),
         yaw,
@@ -117,9 +122,9 @@ def _car(thing: Placed, into: PrimitiveList, random: np.random.Generator) -> Non
         into.box(thing.at(length * 0.17, side * width, belt - 0.02), yaw, (0.15, 0.12, 0.14), paint, owner=owner)
 
 
-def _car_cabin(random: np.random.Generator) -> tuple[float, float, float, float]:
-    """Foot and top length, shift of the top and place of the cabin, as shares of the car's length."""
-    style = random.random()
+def _car_cabin(height: float, random: np.random.Generator) -> tuple[float, float, float, float]:
+    """Foot and top length, shift of the top and place of the cabin, as shares of the car's length; vans are tall."""
+    style = random.random() + float(np.clip(height - 1.6, -0.3, 0.5))
     if style < 0.45:
         return random.uniform(0.55, 0.62), random.uniform(0.28, 0.36), -random.uniform(0.02, 0.06), -0.06
     if style < 0.75:

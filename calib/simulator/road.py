@@ -63,7 +63,7 @@ def draw_road(forward_rad: float, random: np.random.Generator) -> Road:
         left=middle + half + parking_m * parking[1],
         parking=parking,
         parking_m=parking_m,
-        pavement_m=float(random.uniform(0.5, 3.2)),
+        pavement_m=float(random.uniform(0.5, 3.8)),
         kerb_m=float(random.uniform(0.03, 0.15)),
         junction=float(random.uniform(12, 45) * random.choice([-1, 1])) if random.random() < 0.45 else None,
         crossing_half=float(random.uniform(4, 8)),

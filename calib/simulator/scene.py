@@ -7,26 +7,31 @@ import math
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from calib.simulator.cast import Pose
 from calib.simulator.ground import Ground
 from calib.simulator.objects import CLASS_NAMES, Placed, build, draw_size
 from calib.simulator.primitives import PrimitiveList
 from calib.simulator.road import Road
 
 REACH_M = 58.0
-EGO_CLEARANCE_M = 2.6
 _GAP_M = 0.1
+_CLEARANCE_M = 2.1
+_PATH_M = 1.5
 
 
 class Scene:
     """Road, ground, primitives and labelled objects; circles on the ground say what is taken."""
 
-    def __init__(self, road: Road, ground: Ground, random: np.random.Generator) -> None:
+    def __init__(self, road: Road, ground: Ground, poses: list[Pose], random: np.random.Generator) -> None:
         self.road, self.ground, self.random = road, ground, random
+        self._poses = poses
         self.primitives = PrimitiveList()
         self._objects: list[tuple[float, ...]] = []
         self._labels: list[int] = []
         self._circles = np.zeros((4096, 3))
         self._taken = 0
+        for place, pose in enumerate(poses):
+            self.claim(float(pose.origin[0]), float(pose.origin[1]), _PATH_M if place else _CLEARANCE_M)
 
     def floor(self, x: float, y: float) -> float:
         """Height of the ground at a point (m), to the nearest cell."""
@@ -42,9 +47,7 @@ class Scene:
         return x, y, self.floor(x, y)
 
     def is_free(self, x: float, y: float, radius: float) -> bool:
-        """Whether a circle stands clear of the ego car and of everything that was claimed."""
-        if math.hypot(x, y) < EGO_CLEARANCE_M + radius:
-            return False
+        """Whether a circle stands clear of everything that was claimed."""
         taken = self._circles[: self._taken]
         near = np.square(taken[:, 0] - x) + np.square(taken[:, 1] - y)
         return bool((near > np.square(taken[:, 2] + (radius + _GAP_M))).all())
@@ -61,10 +64,9 @@ class Scene:
         x, y = self.road.place(u, v)
         along, across = math.cos(self.road.heading), math.sin(self.road.heading)
         taken = self._circles[: self._taken]
-        dx, dy = np.append(taken[:, 0], 0.0) - x, np.append(taken[:, 1], 0.0) - y
-        reach = np.append(taken[:, 2], EGO_CLEARANCE_M)
+        dx, dy = taken[:, 0] - x, taken[:, 1] - y
         beside = np.abs(along * dx + across * dy) - length / 2, np.abs(along * dy - across * dx) - width / 2
-        return bool((np.maximum(*beside) > reach).all())
+        return bool((np.maximum(*beside) > taken[:, 2]).all())
 
     def add(
         self,
@@ -87,18 +89,28 @@ class Scene:
         radius = 0.95 * slack * math.hypot(width / 2, length / count / 2)
         places = [((i + 0.5) / count - 0.5) * length for i in range(count)]
         circles = [(x + math.cos(heading) * s, y + math.sin(heading) * s) for s in places]
+        velocity = speed * math.cos(heading), speed * math.sin(heading)
         if not all(self.is_free(*circle, radius) for circle in circles):
+            return False
+        if speed and self._met_own_car(circles, radius, velocity):
             return False
         for circle in circles:
             self.claim(*circle, radius)
         ground = self.floor(x, y)
         owner = len(self._labels)
         self._labels.append(CLASS_NAMES.index(name))
-        velocity = speed * math.cos(heading), speed * math.sin(heading)
         self._objects.append((x, y, ground + height / 2, length, width, height, heading, *velocity))
         thing = Placed(x=x, y=y, ground=ground, yaw=heading, length=length, width=width, height=height, owner=owner)
         build(name, thing, self.primitives, self.random)
         return True
+
+    def _met_own_car(self, circles: list[tuple[float, float]], radius: float, velocity: tuple[float, float]) -> bool:
+        """Whether a moving object would have been where the own car was during an earlier sweep."""
+        for pose in self._poses:
+            own_x, own_y = pose.origin[0] + velocity[0] * pose.lag_s, pose.origin[1] + velocity[1] * pose.lag_s
+            if any(math.hypot(x - own_x, y - own_y) < radius + _PATH_M for x, y in circles):
+                return True
+        return False
 
     def objects(self) -> Float64[np.ndarray, "objects 9"]:
         """Centre, size, yaw and velocity of the labelled objects, in the ego frame on the ground."""
