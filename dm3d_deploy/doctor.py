@@ -29,8 +29,6 @@ PACKAGES: tuple[tuple[tuple[str, ...], str, str], ...] = (  # distributions (any
     (("matplotlib",), CORE, "the report's figures"),
     (("jaxtyping",), CORE, "shapes in signatures"),
     (("torch",), "compile", "build: pruning and export"),
-    (("onnxscript",), "compile", "build: export"),
-    (("scipy",), "compile", "build: the check of the allocation"),
     (("tensorrt-rtx",), "rtx", "engines for RTX devices, made without a GPU"),
     (("tensorrt",), "tensorrt", "engines made on the device"),
     (("spconv-cu120", "spconv-cu126"), "cuda", "calibration of the 3D backbone on a CUDA GPU"),

@@ -1,0 +1,37 @@
+# make demo    install, then prune, export, build, verify, measure and report CenterPoint at 30 % of its multiplications
+# make test    install, then run the tests
+# make check   install, then run the linters, the types and the guards
+# PYTHON=python3.12 chooses the interpreter, ARGS="-k curves" goes to pytest.
+
+PYTHON ?= python3
+ARGS ?=
+RUN := .venv/bin/python
+INSTALL = $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test check
+
+demo: .venv/.installed
+	.venv/bin/dm3d-deploy build --model centerpoint --target 0.3
+
+test: .venv/.installed-for-tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+check: .venv/.installed-for-tests
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/guards $(ARGS)
+
+.venv/.installed: pyproject.toml constraints.txt | $(RUN)
+	$(INSTALL) '.[compile,rtx]'
+	@touch $@
+
+.venv/.installed-for-tests: pyproject.toml constraints.txt | $(RUN)
+	$(INSTALL) '.[compile,rtx,test]'
+	@touch .venv/.installed $@
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "dm3d-deploy needs Python 3.10 to 3.13, and '$(PYTHON)' is not: name another one, as in: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "'$(PYTHON) -m venv' failed: install its venv module (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
