@@ -1,4 +1,4 @@
-"""Seconds to simulate a frame on one core: `OMP_NUM_THREADS=1 python benchmarks/simulator_speed.py`.
+"""Seconds to simulate a frame on one core: `OMP_NUM_THREADS=1 python -m benchmarks.simulator_speed`.
 
 The time of the process is taken, so that other work on the machine counts little.
 """

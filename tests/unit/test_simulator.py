@@ -93,7 +93,7 @@ def test_frames_are_about_as_large_as_real_ones(frames: dict[str, list[Simulated
 
 
 def test_boxes_hold_the_points_they_count(frames: dict[str, list[SimulatedFrame]]) -> None:
-    for frame in frames["hdl64"]:
+    for frame in frames["hdl64"][:3]:
         points = frame.cloud.points[:, :3].astype(np.float64)
         for row in np.flatnonzero(frame.num_points):
             away = points - frame.boxes.centre[row]
