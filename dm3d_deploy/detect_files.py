@@ -89,7 +89,7 @@ def _detect_one(
     found, voxels, ms = detect_timed(detector, cloud)
     found = _at_least(found, min_score)
     files = {kind: _with_ending(target, ending) for kind, ending in ENDINGS.items()}
-    title = f"{path.name}: {detector.config.name}, {detector.variant}"
+    title = f"{path.name}: {Path(str(detector.manifest.recipe['model'])).stem}, {detector.variant}"
     write_detections(files["json"], found, frame=path.name)
     write_kitti_text(files["text"], found)
     draw_bev(

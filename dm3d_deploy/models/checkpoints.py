@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
@@ -83,6 +84,12 @@ def load_checkpoint(detector: Detector, path: Path | str) -> CheckpointInfo:
     )
 
 
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name, whatever model it is of; CheckpointError for what is not weights."""
+    path = Path(path)
+    return _tensors_of(path, _bytes_of(path))
+
+
 def save_weights(detector: Detector, path: Path | str) -> None:
     """Write every parameter and buffer as safetensors; the bytes depend on the weights alone."""
     import safetensors.torch
@@ -131,7 +138,7 @@ def _unpickled(path: Path, data: bytes) -> object:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is not a plain torch checkpoint, and nothing in it was executed: {_first_line(error)}.",
+            f"{path} is not a plain torch checkpoint, and nothing in it was executed: {_refusal(error)}.",
             fix="save only the state dict: torch.save({'model_state': model.state_dict()}, PATH)",
         ) from None
     except UNREADABLE as error:
@@ -139,6 +146,12 @@ def _unpickled(path: Path, data: bytes) -> object:
             f"{path} is damaged or is not a torch checkpoint ({len(data)} bytes): {_first_line(error)}.",
             fix="download or copy it again",
         ) from None
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    """What torch objects to; its first lines advise to load the file without the check, which no caller should read."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+    return next((line for line in lines if re.search("unsupported", line, re.IGNORECASE)), "it is no such file")[:200]
 
 
 def _first_line(error: BaseException) -> str:
