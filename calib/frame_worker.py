@@ -46,16 +46,21 @@ def work(job: FrameJob, index: int, count: int) -> None:
     load_checkpoint(detector, Path(job.weights))
     parent = os.getppid()
     for frame in job.frames[index::count]:
-        if os.getppid() != parent:
-            raise SystemExit(1)  # nobody waits for the result any more
+        _leave_if_orphaned(parent)
         features, coords = read_voxels(Path(job.frames_file), frame)
         result = KINDS[job.kind](
             detector, torch.from_numpy(features), torch.from_numpy(coords.astype(np.int64)), frame, job.settings
         )
+        _leave_if_orphaned(parent)  # another build may be writing into this folder by now
         write_bytes(
             result_path(Path(job.out_dir), frame), save({k: np.ascontiguousarray(v) for k, v in result.items()})
         )
         print(f"{DONE_MARK}{frame}", flush=True)
+
+
+def _leave_if_orphaned(parent: int) -> None:
+    if os.getppid() != parent:
+        raise SystemExit(1)
 
 
 def _job(path: Path) -> FrameJob:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dm3d_deploy import errors
-from dm3d_deploy.artifacts import write_json
+from dm3d_deploy.artifacts import disk_errors, write_json
 from dm3d_deploy.errors import Dm3dError, InternalError
 
 PROCESSES = 2
@@ -82,7 +82,8 @@ class FramePool:
         Raises the child's own Dm3dError, or InternalError with the last lines of a child that died otherwise.
         """
         folder = Path(job.out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         while len(self._children) < min(self._count, len(job.frames)):
             self._start()
         job_path = folder / "job.json"

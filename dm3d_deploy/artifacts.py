@@ -39,7 +39,7 @@ def canonical_json(value: Any) -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence."""
+    """Turn a full or read-only disk, or any other refusal of the file system, into one sentence."""
     try:
         yield
     except OSError as error:
@@ -49,12 +49,14 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EROFS: ("the file system is read-only", "choose an --out that can be written"),
             errno.EACCES: ("permission was denied", "choose an --out that you may write to"),
             errno.EPERM: ("permission was denied", "choose an --out that you may write to"),
+            errno.EFBIG: ("the limit on the size of a file was reached", "raise the limit (ulimit -f)"),
             errno.ENOTDIR: ("a parent is a file, not a folder", "choose another --out"),
+            errno.EEXIST: ("a parent is a file, not a folder", "choose another --out"),
             errno.EISDIR: ("it is a folder", "choose another name"),
         }
-        if error.errno not in reasons:
+        if error.errno is None:
             raise
-        what, fix = reasons[error.errno]
+        what, fix = reasons.get(error.errno, (os.strerror(error.errno).lower(), "choose another --out"))
         raise Dm3dError(f"{path} could not be written: {what}.", fix=fix) from error
 
 
@@ -229,10 +231,13 @@ def read_manifest(root: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
             raise StaleArtifact(
-                f"{path} has schema {data['schema']}; this version reads {SCHEMA}.", fix="rebuild with this version"
+                f"{path} has schema {data['schema']}; this version reads {SCHEMA}.",
+                fix="build with this version into another --out",
             )
         steps = tuple(Step.from_json(step) for step in data["steps"])
         return Manifest(recipe=data["recipe"], tools=data["tools"], steps=steps, trained=bool(data["trained"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__} {error}"
-        raise StaleArtifact(f"{path} is not a manifest: {reason}.", fix="rebuild the run") from None
+        raise StaleArtifact(
+            f"{path} is not a manifest: {reason}.", fix="restore it, or delete the folder and build again"
+        ) from None

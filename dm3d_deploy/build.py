@@ -29,7 +29,7 @@ from dm3d_deploy.artifacts import (
     read_manifest,
     write_manifest,
 )
-from dm3d_deploy.errors import InternalError, UsageError, VerificationFailed, nearest
+from dm3d_deploy.errors import InternalError, StaleArtifact, UsageError, VerificationFailed, nearest
 from dm3d_deploy.measurements import Measurements, read_measurements, write_measurements
 from dm3d_deploy.outside import outside_digest
 from dm3d_deploy.progress import Silent, Watch
@@ -75,17 +75,19 @@ def build(
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     with _locked(root), FramePool() as pool:
-        for leftover in root.rglob("*.partial"):
-            leftover.unlink()
+        for leftover in list(root.rglob("*.partial")):
+            _remove(leftover)
         book = _Book.open(root, recipe)
         for stage in STAGES[: STAGE_NAMES.index(wanted[-1]) + 1]:
             forced = first is not None and stage.name in wanted
             started = time.perf_counter()
             if not forced and book.fresh(stage) is None:
+                book.drop_consumed(stage)
                 eye.finished(stage.name, 0.0, True)
                 continue
             eye.started(stage.name, stage.says)
             book.run(stage, eye, pool)
+            book.forget_stale_after(stage)
             seconds = time.perf_counter() - started
             book.record_seconds(stage.name, seconds)
             eye.finished(stage.name, seconds, False)
@@ -127,13 +129,13 @@ def _window(first: str | None, last: str | None) -> tuple[str, ...]:
 
 
 def _refuse_foreign_folder(root: Path, recipe: Recipe) -> None:
-    if root.exists() and not root.is_dir():
-        raise UsageError(f"{root} is a file.", fix="give a folder to --out")
-    if not root.is_dir() or not any(root.iterdir()):
+    with disk_errors(root):
+        if root.exists() and not root.is_dir():
+            raise UsageError(f"{root} is a file.", fix="give a folder to --out")
+        names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    if names <= {".lock"}:
         return
-    if not (root / MANIFEST_NAME).is_file():
-        if {path.name for path in root.iterdir()} <= {".lock"}:
-            return
+    if MANIFEST_NAME not in names:
         raise UsageError(f"{root} holds files that are not a run.", fix="give an empty or new folder to --out")
     built = str(read_manifest(root).recipe.get("model", ""))
     if Path(built).stem != Path(recipe.model).stem:
@@ -242,9 +244,11 @@ class _Book:
 
     def run(self, stage: Stage, watch: Watch, pool: FramePool) -> None:
         context = RunContext(root=self.root, recipe=self.recipe, watch=watch, pool=pool)
-        for kind in stage.optional:
-            _remove(self.root / FILES[kind])
         self._forget(stage)
+        for kind in (*stage.writes, *stage.optional):
+            path = self.root / FILES[kind]
+            if kind in stage.optional or path.is_dir():  # what an earlier recipe left must not count as made now
+                _remove(path)
         _entry(stage)(context)
         outputs = []
         for kind in (*stage.writes, *stage.optional):
@@ -254,7 +258,27 @@ class _Book:
                 raise InternalError(f"the stage '{stage.name}' left no {FILES[kind]}")
             outputs += [artifact_of(self.root, str(file.relative_to(self.root)), kind) for file in files]
         self._remember(stage, Step(name=stage.name, key=self.key(stage), outputs=tuple(outputs)))
-        self._drop_consumed(stage)
+        self.drop_consumed(stage)
+
+    def forget_stale_after(self, stage: Stage) -> None:
+        """Forget later steps that do not follow from this one any more: their files are another recipe's."""
+        for later in STAGES[STAGE_NAMES.index(stage.name) + 1 :]:
+            step = self.step(later.name)
+            if step is not None and not later.outside and step.key != self.key(later):
+                self._forget(later)
+
+    def check_inputs(self, stage: Stage) -> None:
+        """StaleArtifact unless every file that the stage reads is there and is the one recorded."""
+        for kind in stage.reads:
+            producer = next(s for s in STAGES if kind in s.writes or kind in s.optional)
+            step = self.step(producer.name)
+            if step is None:
+                raise StaleArtifact(
+                    f"{self.root} has not finished the stage '{producer.name}'.", fix="run the build to its end"
+                )
+            for artifact in step.outputs:
+                if artifact.kind == kind:
+                    artifact.checked(self.root)
 
     def _forget(self, stage: Stage) -> None:
         self._write(stage, tuple(s for s in self._steps(stage) if s.name != stage.name))
@@ -275,13 +299,14 @@ class _Book:
             write_measurements(self.root, self.measurements)
         write_manifest(self.root, self.manifest)
 
-    def _drop_consumed(self, stage: Stage) -> None:
+    def drop_consumed(self, stage: Stage) -> None:
+        """Delete the transient files that this finished stage was the last to read."""
         index = STAGE_NAMES.index(stage.name)
         if index and STAGES[index - 1].transient:
             for kind in STAGES[index - 1].writes:
                 path = self.root / FILES[kind]
                 if path.is_dir():
-                    shutil.rmtree(path)
+                    _remove(path)
 
     def record_seconds(self, name: str, seconds: float) -> None:
         self.measurements = self.measurements.with_seconds(name, seconds)
@@ -289,10 +314,12 @@ class _Book:
 
 
 def _trained(root: Path) -> bool:
+    """What model.json says; a damaged one is written again by its stage, so here it says no."""
     path = root / FILES["model_info"]
-    if not path.is_file():
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["trained"]) if path.is_file() else False
+    except (ValueError, KeyError, TypeError):
         return False
-    return bool(json.loads(path.read_text(encoding="utf-8"))["trained"])
 
 
 def _remove(path: Path) -> None:
@@ -316,12 +343,15 @@ def rerun(
 
     `changes` are recipe fields that no stage's freshness depends on, such as `bench_repeats`.
     """
-    recipe = recipe_from_mapping({**read_manifest(root).recipe, **(changes or {})})
+    manifest = read_manifest(root)
+    recipe = recipe_from_mapping({**manifest.recipe, **(changes or {})})
     eye: Watch = watch if watch is not None else Silent()
     with _locked(root), FramePool() as pool:
-        book = _Book.open(root, recipe)
+        # The manifest stays as it was built: neither this machine's packages nor the changes are part of its identity.
+        book = _Book(root=root, recipe=recipe, manifest=manifest, measurements=read_measurements(root))
         for name in names:
             stage = STAGES[STAGE_NAMES.index(name)]
+            book.check_inputs(stage)
             started = time.perf_counter()
             eye.started(stage.name, stage.says)
             book.run(stage, eye, pool)

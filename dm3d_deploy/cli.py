@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dm3d_deploy import __version__
-from dm3d_deploy.errors import Dm3dError, InternalError, UsageError
+from dm3d_deploy.errors import Dm3dError, InternalError, UsageError, VerificationFailed
 
 if TYPE_CHECKING:
     from dm3d_deploy.recipe import Recipe
@@ -116,8 +116,10 @@ def _build(recipe: Recipe, root: Path, first: str | None, last: str | None, *, q
 
     try:
         _watched(go, quiet=quiet or as_json, headline=" ".join(["dm3d-deploy", *sys.argv[1:]]))
-    finally:
-        _show_summary(root, quiet=quiet, as_json=as_json)
+    except VerificationFailed:  # the report was written before, and says what failed
+        _show_summary(root, last, quiet=quiet, as_json=as_json)
+        raise
+    _show_summary(root, last, quiet=quiet, as_json=as_json)
 
 
 def _watched(go: Callable[[Any], None], *, quiet: bool, headline: str) -> None:
@@ -129,21 +131,19 @@ def _watched(go: Callable[[Any], None], *, quiet: bool, headline: str) -> None:
     from dm3d_deploy.terminal import TerminalWatch
 
     console = Console(stderr=True)
-    console.print(f"[bold]{headline}[/]", highlight=False, markup=True)
+    console.print(headline, highlight=False, markup=False, style="bold", soft_wrap=True)
     with TerminalWatch(console) as watch:
         go(watch)
 
 
-def _show_summary(root: Path, *, quiet: bool, as_json: bool) -> None:
-    from dm3d_deploy.artifacts import MANIFEST_NAME
-    from dm3d_deploy.stages import FILES
+def _show_summary(root: Path, last: str | None, *, quiet: bool, as_json: bool) -> None:
+    from dm3d_deploy.stages import FILES, STAGE_NAMES
 
-    path = root / FILES["report"]
-    if not path.is_file():
-        if as_json and (root / MANIFEST_NAME).is_file():
+    if last not in (None, STAGE_NAMES[-1]):  # a report that lies there is an earlier build's
+        if as_json:
             _print_json({"run": str(root), "report": None})
         return
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = json.loads((root / FILES["report"]).read_text(encoding="utf-8"))
     if as_json:
         _print_json({"run": str(root), "report": report})
     elif not quiet:
@@ -212,7 +212,7 @@ def _rerun(run: Path, stages: tuple[str, ...], changes: dict[str, Any], *, quiet
         rerun(run, stages, changes=changes, watch=watch)
 
     _watched(go, quiet=quiet or as_json, headline=" ".join(["dm3d-deploy", *sys.argv[1:]]))
-    _show_summary(run, quiet=quiet, as_json=as_json)
+    _show_summary(run, None, quiet=quiet, as_json=as_json)
 
 
 @app.command(rich_help_panel=BACKGROUND)

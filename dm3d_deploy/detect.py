@@ -14,10 +14,11 @@ from jaxtyping import Float32
 
 from dm3d_deploy.artifacts import Manifest, read_manifest
 from dm3d_deploy.config import DetectorConfig, load_config
-from dm3d_deploy.errors import UsageError, nearest
+from dm3d_deploy.errors import StaleArtifact, UsageError, nearest
 from dm3d_deploy.geometry.decode import detections_from_maps
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Detections, PointCloud, Voxels
+from dm3d_deploy.stages import STAGE_NAMES
 from engines.onnx_runtime import OnnxSession, open_session, run_backbone
 
 VARIANTS = ("pruned", "dense")
@@ -80,7 +81,7 @@ class DeployedDetector:
 
 
 def map_name(output: str) -> str:
-    """ "hm_0" of the graph is "0.hm" everywhere else."""
+    """What the graph calls "hm_0" is "0.hm" everywhere else."""
     branch, task = output.rsplit("_", 1)
     return f"{task}.{branch}"
 
@@ -94,6 +95,12 @@ def load_run(path: str | os.PathLike[str], *, variant: str = "pruned", threads: 
     if variant not in VARIANTS:
         raise UsageError(f"a run has no variant '{variant}'.", fix=nearest(variant, VARIANTS))
     manifest = read_manifest(root)
+    missing = [name for name in STAGE_NAMES[: STAGE_NAMES.index("export") + 1] if manifest.step(name) is None]
+    if missing:
+        raise StaleArtifact(
+            f"{root} has not finished the stage '{missing[0]}': its graphs may be an earlier recipe's.",
+            fix="run the build to its end",
+        )
     config = load_config(manifest.artifact("model_config").checked(root))
     graphs = [manifest.artifact(kind) for kind in GRAPHS[variant]]
     backbone, head = (open_session(root / a.path, digest=a.digest, threads=threads) for a in graphs)
