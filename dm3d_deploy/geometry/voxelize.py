@@ -25,7 +25,6 @@ def voxelize(cloud: PointCloud, config: VoxelConfig) -> Voxels:
     column, for a non-finite value and for a frame without points in the range.
     """
     points = _used_points(cloud, config.columns)
-    depth, height, width = config.grid_zyx
     cells = _cells_of(points, config)
     inside = np.flatnonzero(cells >= 0)
     if not len(inside):
@@ -52,7 +51,7 @@ def voxelize(cloud: PointCloud, config: VoxelConfig) -> Voxels:
     sums = [np.bincount(owner[counted], weights=column[counted], minlength=len(starts)) for column in points.T]
     features = (np.stack(sums, axis=1) / counts[:, None]).astype(np.float32)
 
-    z, y, x = np.unravel_index(occupied[kept], (depth, height, width))
+    z, y, x = np.unravel_index(occupied[kept], config.grid_zyx)
     return Voxels(
         features=features[kept],
         coords=np.stack([np.zeros_like(z), z, y, x], axis=1).astype(np.int32),

@@ -179,12 +179,78 @@ def sample_report(*, trained: bool = False, simulated: bool = True) -> dict[str,
     return report
 
 
+def _distortion() -> dict[str, Any]:
+    return {
+        "predicted": 0.118,
+        "heldout": 0.214,
+        "heldout_after_recovery": 0.097,
+        "per_frame": [
+            {"frame": f"frame {900 + i}", "heldout": before, "after_recovery": after}
+            for i, (before, after) in enumerate(((0.181, 0.090), (0.243, 0.104), (0.199, 0.085), (0.233, 0.109)))
+        ],
+        "baselines": [{"method": "uniform magnitude", "heldout": 0.802}, {"method": "LAMP", "heldout": 0.455}],
+    }
+
+
+def _recovery() -> dict[str, Any]:
+    return {
+        "method": "batch-norm re-estimation",
+        "accepted": True,
+        "before": 0.214,
+        "after": 0.097,
+        "reason": "held-out distortion fell",
+        "seconds": 12.4,
+    }
+
+
+def _detections() -> dict[str, Any]:
+    return {
+        "frame": "frame 900",
+        "dense": 41,
+        "pruned": 39,
+        "matched": 38,
+        "by_class": [
+            {"name": "car", "dense": 25, "pruned": 25, "matched": 25},
+            {"name": "pedestrian", "dense": 16, "pruned": 14, "matched": 13},
+        ],
+        "picture": tiny_png(),
+    }
+
+
+def _provenance() -> dict[str, Any]:
+    return {
+        "version": "0.1.0",
+        "recipe": {"target": "0.35", "scope": "backbone", "frames": "8", "seed": "0", "kappa": "1e-07"},
+        "tools": {"python": "3.11.2", "torch": "2.13.0", "onnx": "1.23.0", "onnxruntime": "1.31.0"},
+        "machine": {
+            "device": "2-core x86-64 CPU",
+            "clocks": "not locked",
+            "power_mode": "not reported",
+            "threads": "1",
+        },
+        "digests": {"model": "0f" * 32, "frames": "7b" * 32, "masks": "c4" * 32},
+    }
+
+
+def _budget(macs: dict[str, Any]) -> dict[str, Any]:
+    backbone = {c: macs[c] - macs["by_part"]["head"][c] for c in ("dense", "kept", "executed")}
+    return {
+        "target": 0.35,
+        "kept": backbone["kept"] / backbone["dense"],
+        "executed": backbone["executed"] / backbone["dense"],
+        "scope": "backbone",
+        "unit": "kept MACs",
+        "lower_bound_gap": 0.00042,
+        "kept_of_backbone": backbone["kept"] / backbone["dense"],
+        "kept_of_model": macs["kept"] / macs["dense"],
+    }
+
+
 @functools.cache
 def _sample_as_json(trained: bool, simulated: bool) -> str:
     rng = np.random.default_rng(20240917)
     layers = _layers(rng)
     macs = _macs(layers)
-    backbone = {c: macs[c] - macs["by_part"]["head"][c] for c in ("dense", "kept", "executed")}
     source = "simulated city, seed 7" if simulated else "nuScenes sweeps"
     report: dict[str, Any] = {
         "schema": 1,
@@ -205,68 +271,22 @@ def _sample_as_json(trained: bool, simulated: bool) -> str:
             "held_out": 4,
             "notes": ["2 of 40 frames were over the voxel cap of 60,000: bounded, the rest dropped"],
         },
-        "budget": {
-            "target": 0.35,
-            "kept": backbone["kept"] / backbone["dense"],
-            "executed": backbone["executed"] / backbone["dense"],
-            "scope": "backbone",
-            "unit": "kept MACs",
-            "lower_bound_gap": 0.00042,
-            "kept_of_backbone": backbone["kept"] / backbone["dense"],
-            "kept_of_model": macs["kept"] / macs["dense"],
-        },
+        "budget": _budget(macs),
         "macs": macs,
-        "distortion": {
-            "predicted": 0.118,
-            "heldout": 0.214,
-            "heldout_after_recovery": 0.097,
-            "per_frame": [
-                {"frame": f"frame {900 + i}", "heldout": before, "after_recovery": after}
-                for i, (before, after) in enumerate(((0.181, 0.090), (0.243, 0.104), (0.199, 0.085), (0.233, 0.109)))
-            ],
-            "baselines": [{"method": "uniform magnitude", "heldout": 0.802}, {"method": "LAMP", "heldout": 0.455}],
-        },
-        "recovery": {
-            "method": "batch-norm re-estimation",
-            "accepted": True,
-            "before": 0.214,
-            "after": 0.097,
-            "reason": "held-out distortion fell",
-            "seconds": 12.4,
-        },
+        "distortion": _distortion(),
+        "recovery": _recovery(),
         "layers": layers,
         "skipped": [{"layer": "dense_head.heads_list.0.hm.1", "reason": "final head convolutions stay dense"}],
         "parity": _parity(),
         "latency": _latency(rng),
         "latency_note": "Zeros save no time on a CPU: only removed channels and skipped 3D tiles do.",
         "engines": _engines(),
-        "detections": {
-            "frame": "frame 900",
-            "dense": 41,
-            "pruned": 39,
-            "matched": 38,
-            "by_class": [
-                {"name": "car", "dense": 25, "pruned": 25, "matched": 25},
-                {"name": "pedestrian", "dense": 16, "pruned": 14, "matched": 13},
-            ],
-            "picture": tiny_png(),
-        },
+        "detections": _detections(),
         "stages": [
             {"name": name, "seconds": seconds, "fresh": name == "frames"}
             for name, seconds in (("frames", 0.4), ("gradients", 61.2), ("curves", 4.9), ("allocate", 0.7))
         ],
-        "provenance": {
-            "version": "0.1.0",
-            "recipe": {"target": "0.35", "scope": "backbone", "frames": "8", "seed": "0", "kappa": "1e-07"},
-            "tools": {"python": "3.11.2", "torch": "2.13.0", "onnx": "1.23.0", "onnxruntime": "1.31.0"},
-            "machine": {
-                "device": "2-core x86-64 CPU",
-                "clocks": "not locked",
-                "power_mode": "not reported",
-                "threads": "1",
-            },
-            "digests": {"model": "0f" * 32, "frames": "7b" * 32, "masks": "c4" * 32},
-        },
+        "provenance": _provenance(),
         "warnings": ["p99 of 300 samples is indicative: 1,000 are needed"],
     }
     report["verdict"]["sentence"] = verdict_sentence(report)
