@@ -10,14 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import calib
-import dm3d_deploy
-import engines
-import exporters
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from source_tree import PACKAGES, ROOT, imports_of, modules_of
+
+import calib
+import dm3d_deploy
+import engines
+import exporters
 
 if sys.version_info >= (3, 11):
     import tomllib
