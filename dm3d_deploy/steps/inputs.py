@@ -33,7 +33,7 @@ def load(run: RunContext) -> None:
         source, trained = f"checkpoint {Path(run.recipe.checkpoint).name}", True
     else:
         seed_weights(detector, run.recipe.seed)
-        source, trained = f"UNTRAINED: seeded by parameter name (seed {run.recipe.seed})", False
+        source, trained = f"seeded by parameter name (seed {run.recipe.seed}), UNTRAINED", False
         run.watch.noted(
             "UNTRAINED: no --checkpoint was given, so the weights are seeded noise; detections mean nothing"
         )

@@ -1,0 +1,113 @@
+"""Time and memory of the main job: `python -m benchmarks.build_speed [--frames FILE]`, a table on standard output.
+
+Memory is the largest sum of proportional set sizes over the whole tree of processes, read ten times a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from dm3d_deploy.device import stamp_here
+
+
+def tree_bytes(session: int) -> int:
+    """Proportional set size of every process of a session."""
+    total = 0
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3]) != session:
+                continue
+            rollup = (entry / "smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) * 1024
+    return total
+
+
+def watched(command: list[str]) -> tuple[float, int, int]:
+    """Seconds, peak bytes and exit code of a command."""
+    started = time.perf_counter()
+    child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    peak = 0
+    ended = threading.Event()
+
+    def poll() -> None:
+        nonlocal peak
+        while not ended.wait(0.1):
+            peak = max(peak, tree_bytes(child.pid))
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    code = child.wait()
+    seconds = time.perf_counter() - started
+    ended.set()
+    thread.join()
+    return seconds, peak, code
+
+
+def detect_seconds(run: Path, repeats: int) -> tuple[float, float]:
+    """Seconds to load a run, and the median seconds per frame after that."""
+    import json
+
+    import numpy as np
+    from safetensors import safe_open
+
+    from dm3d_deploy.detect import load_run
+    from dm3d_deploy.pointcloud import PointCloud
+
+    info = json.loads((run / "work/frames.json").read_text())
+    with safe_open(run / "work/frames.safetensors", framework="np") as file:
+        cloud = PointCloud(points=file.get_tensor("shown.points"), columns=tuple(info["shown_columns"]))
+    started = time.perf_counter()
+    detector = load_run(run)
+    loaded = time.perf_counter() - started
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        detector.detect(cloud)
+        times.append(time.perf_counter() - started)
+    return loaded, float(np.median(times))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frames", default="simulated")
+    parser.add_argument("--model", default="centerpoint")
+    parser.add_argument("--target", default="0.3")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    tool = [sys.executable, "-m", "dm3d_deploy"]
+    rows: list[tuple[str, str, str]] = []
+    helps = [watched([*tool, "--help"])[0] for _ in range(options.repeats)]
+    rows.append(("--help", f"{sorted(helps)[len(helps) // 2]:.2f} s", "<= 0.5 s"))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        build = [*tool, "build", "--model", options.model, "--target", options.target, "--frames", options.frames]
+        build += ["--out", str(run), "--quiet"]
+        seconds, peak, code = watched(build)
+        rows.append(("cold build, 8 calibration frames", f"{seconds:.1f} s", "<= 300 s"))
+        rows.append(("its memory, all processes", f"{peak / 2**30:.2f} GiB", "<= 6 GiB"))
+        rows.append(("its exit code", str(code), "0"))
+        seconds, _, code = watched(build)
+        rows.append(("repeated build", f"{seconds:.2f} s", "<= 5 s"))
+        loaded, each = detect_seconds(run, options.repeats)
+        rows.append(("detect: load", f"{loaded:.2f} s", ""))
+        rows.append(("detect: a frame after load (median)", f"{each:.2f} s", "<= 6 s"))
+    stamp = stamp_here()
+    print(f"{options.model}, target {options.target}, frames {Path(options.frames).name}")
+    print(f"{stamp.as_json()['cpu']}, {os.cpu_count()} cores, load {stamp.as_json()['load_average']}")
+    for name, value, bar in rows:
+        print(f"  {name:<38} {value:>12}   {bar}")
+
+
+if __name__ == "__main__":
+    main()
