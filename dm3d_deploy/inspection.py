@@ -14,6 +14,7 @@ from dm3d_deploy.artifacts import MANIFEST_NAME, Artifact, Manifest, digest_of_f
 from dm3d_deploy.config import detector_names, load_config
 from dm3d_deploy.errors import CheckpointError, UsageError, require
 from dm3d_deploy.measurements import Measurements, read_measurements
+from dm3d_deploy.models.bundled import TRAINED_ON, bundled_weights
 from dm3d_deploy.stages import STAGE_NAMES, STAGES
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def model_rows() -> list[dict[str, Any]]:
                 "voxel m": " x ".join(f"{size:g}" for size in voxels.voxel_size_m),
                 "grid zyx": " x ".join(map(str, voxels.grid_zyx)),
                 "voxel cap": voxels.max_voxels,
-                "weights": UNTRAINED,
+                "weights": f"bundled, trained on {TRAINED_ON}" if bundled_weights(name) else UNTRAINED,
                 "compared with": COMPARED.get(name),
             }
         )

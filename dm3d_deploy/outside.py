@@ -8,6 +8,7 @@ from calib.calibration_set import FramePlan, plan_frames
 from dm3d_deploy.artifacts import canonical_json, digest_of_bytes, digest_of_file
 from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.errors import CheckpointError, InternalError
+from dm3d_deploy.models.bundled import bundled_weights
 from dm3d_deploy.recipe import Recipe
 
 
@@ -29,7 +30,8 @@ def outside_digest(name: str, recipe: Recipe) -> str:
         return digest_of_bytes(load_config(recipe.model).text.encode())
     if name == "checkpoint":
         if recipe.checkpoint is None:
-            return "none"
+            bundled = bundled_weights(recipe.model)
+            return digest_of_file(bundled) if bundled is not None else "none"
         path = Path(recipe.checkpoint)
         if not path.is_file():
             raise CheckpointError(f"there is no checkpoint {path}.", fix="give the path of a .pth or .safetensors file")

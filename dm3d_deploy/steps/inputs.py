@@ -14,6 +14,7 @@ from dm3d_deploy.artifacts import write_bytes, write_json
 from dm3d_deploy.config import load_config
 from dm3d_deploy.errors import FrameError, require
 from dm3d_deploy.geometry.voxelize import voxelize
+from dm3d_deploy.models.bundled import TRAINED_ON, bundled_weights
 from dm3d_deploy.outside import frame_plan
 from dm3d_deploy.pointcloud import PointCloud, Voxels
 from dm3d_deploy.stages import RunContext
@@ -31,6 +32,10 @@ def load(run: RunContext) -> None:
     if run.recipe.checkpoint is not None:
         load_checkpoint(detector, Path(run.recipe.checkpoint))
         source, trained = f"checkpoint {Path(run.recipe.checkpoint).name}", True
+    elif (bundled := bundled_weights(run.recipe.model)) is not None:
+        load_checkpoint(detector, bundled)
+        source, trained = f"bundled with dm3d-deploy, trained on {TRAINED_ON}", True
+        run.watch.noted(f"no --checkpoint was given: the bundled weights were trained on {TRAINED_ON}")
     else:
         seed_weights(detector, run.recipe.seed)
         source, trained = f"seeded by parameter name (seed {run.recipe.seed}), UNTRAINED", False
