@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from dm3d_deploy.config import DetectorConfig
-from dm3d_deploy.errors import EngineError
+from dm3d_deploy.config import DetectorConfig, PostConfig
+from dm3d_deploy.errors import EngineError, InternalError
 from dm3d_deploy.geometry.boxes import select_boxes
 from dm3d_deploy.geometry.nms import order_by_score, rotated_nms
 from dm3d_deploy.pointcloud import Boxes3D, Detections
@@ -17,53 +18,97 @@ LARGEST_LOGIT = 700.0  # exp of a float64 stays finite up to 709
 LARGEST_LOGARITHM = 88.0  # exp of a float32 stays finite up to 88.7
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """Detections, each with the cell of the BEV map that it was read from: row * columns + column.
+
+    Cell and class name a candidate: two executions of one detector that mean the same box agree in both.
+    """
+
+    detections: Detections
+    cells: Int64[np.ndarray, " boxes"]
+
+    def __post_init__(self) -> None:
+        if len(self.cells) != len(self.detections):
+            raise InternalError(f"{len(self.cells)} cells do not fit {len(self.detections)} detections")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """What decoding found in each task before suppression, and what stayed of all tasks.
+
+    `cut_scores` holds for each task the lowest score of its `max_objects` cells; None where fewer cells than that
+    exceeded the score threshold, so that nothing was cut off.
+    """
+
+    before_nms: tuple[Located, ...]
+    cut_scores: tuple[float | None, ...]
+    kept: Located
+
+
 def detections_from_maps(
     maps: Mapping[str, Float32[np.ndarray, "1 channels rows columns"]], config: DetectorConfig
 ) -> Detections:
-    """Decode every task, suppress within each, and merge: scores fall; equal scores keep task order, then NMS order."""
-    post = config.post
-    by_task = []
-    for task in decode_center_head(maps, config):
-        kept = rotated_nms(task.boxes, task.scores, post.nms_threshold, post.nms_pre, post.nms_post)
-        by_task.append(select_detections(task, kept))
-    merged = _merged(by_task, config.class_names)
-    return select_detections(merged, order_by_score(merged.scores))
+    """Decode every task, suppress within each, and merge: scores fall; equal scores keep task order, then NMS order.
+
+    Raises EngineError as `decoded` does.
+    """
+    return decoded(maps, config).kept.detections
 
 
-def decode_center_head(
-    maps: Mapping[str, Float32[np.ndarray, "1 channels rows columns"]], config: DetectorConfig
-) -> list[Detections]:
-    """Candidate boxes of each task before suppression, scores falling, equal scores by rising index in [C, H, W].
+def decoded(maps: Mapping[str, Float32[np.ndarray, "1 channels rows columns"]], config: DetectorConfig) -> Decoded:
+    """The candidates of every task and what suppression keeps of them.
 
     `maps["0.hm"]` is the raw output of branch `hm` of task 0. Of the `max_objects` best cells over all classes those
-    stay whose score exceeds the threshold and whose centre lies in the limit range. Raises EngineError for a map that
-    is missing, misshapen or not finite, and for a size that overflows.
+    stay whose score exceeds the threshold and whose centre lies in the limit range: scores falling, equal scores by
+    rising index in [C, H, W]. Raises EngineError for a map that is missing, misshapen or not finite, and for a size
+    that overflows.
     """
-    return [_decode_task(_task_maps(maps, task, config), task, config) for task in range(len(config.head.branches))]
+    tasks = [_decode_task(_task_maps(maps, task, config), task, config) for task in range(len(config.head.branches))]
+    before_nms = tuple(candidates for candidates, _ in tasks)
+    kept = join_located([_suppressed(candidates, config.post) for candidates in before_nms])
+    return Decoded(
+        before_nms=before_nms,
+        cut_scores=tuple(cut for _, cut in tasks),
+        kept=select_located(kept, order_by_score(kept.detections.scores)),
+    )
 
 
-def select_detections(detections: Detections, index: Int64[np.ndarray, " chosen"]) -> Detections:
+def select_located(located: Located, index: Int64[np.ndarray, " chosen"]) -> Located:
     """The detections at `index`, in that order."""
-    return Detections(
-        boxes=select_boxes(detections.boxes, index),
-        scores=detections.scores[index],
-        labels=detections.labels[index],
-        class_names=detections.class_names,
+    whole = located.detections
+    chosen = Detections(
+        boxes=select_boxes(whole.boxes, index),
+        scores=whole.scores[index],
+        labels=whole.labels[index],
+        class_names=whole.class_names,
     )
+    return Located(detections=chosen, cells=located.cells[index])
 
 
-def _merged(parts: Sequence[Detections], class_names: tuple[str, ...]) -> Detections:
+def join_located(parts: Sequence[Located]) -> Located:
+    """The detections of all parts (at least one), part after part."""
+    found = [part.detections for part in parts]
     boxes = Boxes3D(
-        centre=np.concatenate([part.boxes.centre for part in parts]),
-        size=np.concatenate([part.boxes.size for part in parts]),
-        yaw=np.concatenate([part.boxes.yaw for part in parts]),
-        velocity=np.concatenate([part.boxes.velocity for part in parts]),
+        centre=np.concatenate([part.boxes.centre for part in found]),
+        size=np.concatenate([part.boxes.size for part in found]),
+        yaw=np.concatenate([part.boxes.yaw for part in found]),
+        velocity=np.concatenate([part.boxes.velocity for part in found]),
     )
-    scores, labels = np.concatenate([p.scores for p in parts]), np.concatenate([p.labels for p in parts])
-    return Detections(boxes=boxes, scores=scores, labels=labels, class_names=class_names)
+    scores, labels = np.concatenate([p.scores for p in found]), np.concatenate([p.labels for p in found])
+    whole = Detections(boxes=boxes, scores=scores, labels=labels, class_names=found[0].class_names)
+    return Located(detections=whole, cells=np.concatenate([part.cells for part in parts]))
 
 
-def _decode_task(maps: Mapping[str, np.ndarray], task: int, config: DetectorConfig) -> Detections:
+def _suppressed(candidates: Located, post: PostConfig) -> Located:
+    found = candidates.detections
+    return select_located(
+        candidates, rotated_nms(found.boxes, found.scores, post.nms_threshold, post.nms_pre, post.nms_post)
+    )
+
+
+def _decode_task(maps: Mapping[str, np.ndarray], task: int, config: DetectorConfig) -> tuple[Located, float | None]:
+    """The candidates of one task, and the lowest score of its `max_objects` cells if there were so many."""
     hm = maps["hm"][0]
     scores, cell, class_of_task = _best_cells(hm, config.post.max_objects, config.post.score_threshold)
     row, column = np.divmod(cell, hm.shape[2])
@@ -84,8 +129,9 @@ def _decode_task(maps: Mapping[str, np.ndarray], task: int, config: DetectorConf
         yaw=np.arctan2(sin, cos).astype(np.float32),
         velocity=value.get("vel", np.zeros((2, len(cell)))).T.astype(np.float32),
     )
-    candidates = Detections(boxes=boxes, scores=scores, labels=names[class_of_task], class_names=config.class_names)
-    return select_detections(candidates, inside)
+    found = Detections(boxes=boxes, scores=scores, labels=names[class_of_task], class_names=config.class_names)
+    cut = float(scores[-1]) if len(scores) == config.post.max_objects else None
+    return select_located(Located(detections=found, cells=cell), inside), cut
 
 
 def _best_cells(hm: np.ndarray, count: int, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,31 +14,34 @@ from dm3d_deploy.config import DetectorConfig, PostConfig
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.evidence import Comparison, Tolerance, compare_arrays
 from dm3d_deploy.geometry.boxes import iou_bev_matrix, select_boxes, wrap_angle
+from dm3d_deploy.geometry.decode import Decoded, Located, join_located, select_located
 from dm3d_deploy.pointcloud import Detections
 
 RANGE_EDGES_M = (0.0, 15.0, 30.0, 50.0, math.inf)
 LIMIT_OF = {
     "centre_delta_m": "centre_m",
-    "size_delta_m": "size_m",
+    "size_share": "size_share",
     "yaw_delta_rad": "yaw_rad",
     "velocity_delta_mps": "velocity_mps",
     "score_delta": "score",
 }
+EXCUSES = ("at the score threshold", "at a full list", "by NMS")
+IOU_ROUNDING = 1e-9  # NMS computed the same overlap in another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matching:
     """Pairs (reference index, candidate index), what each side has alone, and the differences pair by pair.
 
-    Centre: distance of the centres. Size: the largest of the three. Yaw: modulo 2 pi. Velocity: length of the
-    difference.
+    Centre: distance of the centres. Size: difference over the reference's size, the largest of the three. Yaw: modulo
+    2 pi. Velocity: length of the difference.
     """
 
     pairs: Int64[np.ndarray, "pairs 2"]
     missing: Int64[np.ndarray, " missing"]
     extra: Int64[np.ndarray, " extra"]
     centre_delta_m: Float64[np.ndarray, " pairs"]
-    size_delta_m: Float64[np.ndarray, " pairs"]
+    size_share: Float64[np.ndarray, " pairs"]
     yaw_delta_rad: Float64[np.ndarray, " pairs"]
     velocity_delta_mps: Float64[np.ndarray, " pairs"]
     score_delta: Float64[np.ndarray, " pairs"]
@@ -58,10 +61,13 @@ class RangeRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxTolerance:
-    """How far a matched box may differ in each respect. There are no defaults."""
+    """How far a matched box may differ in each respect. There are no defaults.
+
+    `size_share` is a share of the box's size: the head gives its logarithm, whose error is one of proportion.
+    """
 
     centre_m: float
-    size_m: float
+    size_share: float
     yaw_rad: float
     velocity_mps: float
     score: float
@@ -116,11 +122,18 @@ def _measured(
         missing=missing,
         extra=extra,
         centre_delta_m=np.linalg.norm(difference(a.centre, b.centre), axis=1),
-        size_delta_m=np.abs(difference(a.size, b.size)).max(axis=1, initial=0.0),
+        size_share=_shares(np.abs(difference(a.size, b.size)), a.size[pairs[:, 0]]).max(axis=1, initial=0.0),
         yaw_delta_rad=np.abs(wrap_angle(difference(a.yaw, b.yaw))),
         velocity_delta_mps=np.linalg.norm(difference(a.velocity, b.velocity), axis=1),
         score_delta=np.abs(difference(reference.scores, candidate.scores)),
     )
+
+
+def _shares(delta: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """`delta` over `size`; a size of 0 is met exactly or missed without bound."""
+    unbounded = np.where(delta == 0, 0.0, np.inf)
+    share: np.ndarray = np.divide(delta, size, out=unbounded, where=size != 0)
+    return share
 
 
 def by_class_and_range(matching: Matching, reference: Detections, candidate: Detections) -> tuple[RangeRow, ...]:
@@ -147,38 +160,142 @@ def by_class_and_range(matching: Matching, reference: Detections, candidate: Det
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """Two sides matched; `excuses` gives each of `missing` and each of `extra` a place in EXCUSES, or -1."""
+
+    a: Detections
+    b: Detections
+    matching: Matching
+    excuses: tuple[np.ndarray, np.ndarray]
+
+
 def boxes_comparison(
-    reference: Sequence[Detections],
-    candidate: Sequence[Detections],
+    reference: Sequence[Decoded],
+    candidate: Sequence[Decoded],
     *,
     names: tuple[str, str],
     tolerance: BoxTolerance,
     config: DetectorConfig,
-) -> Comparison:
-    """Judge the detections of the same frames: every box matched within the tolerance or excused; no box at all fails.
+) -> tuple[Comparison, Comparison]:
+    """Judge the boxes of the same frames twice: "boxes before NMS" and "boxes", which are those that NMS kept.
 
-    A missing or extra box is excused only if
+    Boxes of the same class and BEV cell are the same box; each must agree within the tolerances. A box that the other
+    side lacks is excused only if
     (1) its score lies within `tolerance.score` of the score threshold; or
-    (2) the side that lacks it returned `nms_post` boxes of its task, and its score lies within `tolerance.score` of
-        the lowest of these; or
-    (3) a missing and an extra box of one task, neither excused yet and their scores within `tolerance.score`, overlap
-        by more than the NMS threshold: each side kept the other one of two that suppress each other.
-    The numbers of the comparison are those of the matched centres; `detail` counts boxes and excuses.
+    (2) the other side cut the list of its task at `max_objects`, and its score lies within `tolerance.score` of the
+        lowest there; or, after NMS only,
+    (3) the other side had it before NMS, within all tolerances, and NMS had a reason to drop it: a box kept in its
+        task with no lower score overlaps it beyond the NMS threshold, or NMS stopped at `nms_pre` or `nms_post`. Then
+        the detector agrees, and rounding turned NMS at its margin.
+    No matched box at all fails, and so does NaN. The numbers of a comparison are those of the matched centres; `detail`
+    counts boxes and excuses.
     """
-    frames = list(zip(reference, candidate, strict=True))
-    found = [match_detections(a, b, max_centre_m=tolerance.centre_m) for a, b in frames]
-    excuses = [_excuses(a, b, matching, tolerance, config) for (a, b), matching in zip(frames, found, strict=True)]
-    accused = _accused(frames, found, excuses)
-    deltas = {name: np.concatenate([getattr(m, name) for m in found] or [np.empty(0)]) for name in LIMIT_OF}
-    within = all(bool((delta <= getattr(tolerance, LIMIT_OF[name])).all()) for name, delta in deltas.items())
+    tasks = enumerate(config.head.classes_by_task)
+    task_by_name = {name: task for task, of_task in tasks for name in of_task}
+    before: list[_Frame] = []
+    after: list[_Frame] = []
+    for a, b in zip(reference, candidate, strict=True):
+        _check_classes(a.kept.detections, b.kept.detections)
+        task_of_label = np.array([task_by_name[name] for name in a.kept.detections.class_names], dtype=np.int64)
+        before.append(_before_nms(a, b, tolerance, config.post, task_of_label))
+        after.append(_after_nms(a, b, tolerance, config.post, task_of_label))
+    return (
+        _judged("boxes before NMS", before, names, tolerance),
+        _judged("boxes", after, names, tolerance),
+    )
+
+
+def _match_cells(reference: Located, candidate: Located) -> Matching:
+    """Pairs of the same class and cell."""
+    a, b = reference.detections, candidate.detections
+    key_a, key_b = (side.cells * len(a.class_names) + side.detections.labels for side in (reference, candidate))
+    _, row, column = np.intersect1d(key_a, key_b, return_indices=True)
+    order = np.argsort(row)
+    missing, extra = np.setdiff1d(np.arange(len(a)), row), np.setdiff1d(np.arange(len(b)), column)
+    return _measured(a, b, np.stack([row[order], column[order]], axis=1), missing, extra)
+
+
+def _before_nms(a: Decoded, b: Decoded, tolerance: BoxTolerance, post: PostConfig, task_of_label: np.ndarray) -> _Frame:
+    all_a, all_b = join_located(a.before_nms), join_located(b.before_nms)
+    matching = _match_cells(all_a, all_b)
+    lone_a, lone_b = select_located(all_a, matching.missing), select_located(all_b, matching.extra)
+    excuses = (
+        _cut_excuses(lone_a, b, tolerance.score, post, task_of_label),
+        _cut_excuses(lone_b, a, tolerance.score, post, task_of_label),
+    )
+    return _Frame(a=all_a.detections, b=all_b.detections, matching=matching, excuses=excuses)
+
+
+def _after_nms(a: Decoded, b: Decoded, tolerance: BoxTolerance, post: PostConfig, task_of_label: np.ndarray) -> _Frame:
+    matching = _match_cells(a.kept, b.kept)
+    lone_a, lone_b = select_located(a.kept, matching.missing), select_located(b.kept, matching.extra)
+    excuses = []
+    for lone, other in ((lone_a, b), (lone_b, a)):
+        kinds = _cut_excuses(lone, other, tolerance.score, post, task_of_label)
+        dropped = _dropped_by_nms(lone, other, tolerance, post, task_of_label)
+        excuses.append(np.where((kinds < 0) & dropped, EXCUSES.index("by NMS"), kinds))
+    return _Frame(a=a.kept.detections, b=b.kept.detections, matching=matching, excuses=(excuses[0], excuses[1]))
+
+
+def _cut_excuses(
+    lone: Located, other: Decoded, margin: float, post: PostConfig, task_of_label: np.ndarray
+) -> np.ndarray:
+    """Excuse (1) or (2) of each box that the other side lacks, -1 without."""
+    scores = lone.detections.scores.astype(np.float64)
+    cuts = np.array([math.nan if cut is None else cut for cut in other.cut_scores])[
+        task_of_label[lone.detections.labels]
+    ]
+    at_cut = np.where(np.abs(scores - cuts) <= margin, EXCUSES.index("at a full list"), -1)
+    kinds: np.ndarray = np.where(
+        np.abs(scores - post.score_threshold) <= margin, EXCUSES.index("at the score threshold"), at_cut
+    )
+    return kinds
+
+
+def _dropped_by_nms(
+    lone: Located, other: Decoded, tolerance: BoxTolerance, post: PostConfig, task_of_label: np.ndarray
+) -> np.ndarray:
+    """Which of the boxes that the other side lacks after NMS have excuse (3)."""
+    candidates = join_located(other.before_nms)
+    found, kept = candidates.detections, other.kept.detections
+    matching = _match_cells(lone, candidates)
+    row, column = matching.pairs[_within(matching, tolerance)].T
+    task_found, task_kept = task_of_label[found.labels], task_of_label[kept.labels]
+    suppressors = (
+        (iou_bev_matrix(kept.boxes, select_boxes(found.boxes, column)) > post.nms_threshold - IOU_ROUNDING)
+        & (task_kept[:, None] == task_found[column][None, :])
+        & (kept.scores[:, None] >= found.scores[column][None, :])
+    )
+    tasks = len(other.before_nms)
+    stopped = (np.bincount(task_found, minlength=tasks) > post.nms_pre) | (
+        np.bincount(task_kept, minlength=tasks) >= post.nms_post
+    )
+    dropped = np.zeros(len(lone.cells), dtype=bool)
+    dropped[row] = suppressors.any(axis=0) | stopped[task_found[column]]
+    return dropped
+
+
+def _within(matching: Matching, tolerance: BoxTolerance) -> np.ndarray:
+    """Which pairs agree in every respect; NaN does not."""
+    checks = [getattr(matching, name) <= getattr(tolerance, limit) for name, limit in LIMIT_OF.items()]
+    within: np.ndarray = np.logical_and.reduce(checks)
+    return within
+
+
+def _judged(output: str, frames: Sequence[_Frame], names: tuple[str, str], tolerance: BoxTolerance) -> Comparison:
+    deltas = {
+        name: np.concatenate([getattr(frame.matching, name) for frame in frames] or [np.empty(0)]) for name in LIMIT_OF
+    }
+    accused = _accused(frames, tolerance)
     matched = len(deltas["centre_delta_m"])
-    max_abs, max_relative, cosine = _centre_numbers(frames, found)
+    max_abs, max_relative, cosine = _centre_numbers(frames)
     largest = ", ".join(f"{LIMIT_OF[name]} {delta.max(initial=0.0):.4g}" for name, delta in deltas.items())
-    missing, extra = sum(len(m.missing) for m in found), sum(len(m.extra) for m in found)
-    excused = [sum(int(np.count_nonzero(pair[side])) for pair in excuses) for side in (0, 1)]
-    counts = f"{matched} matched, {missing} missing ({excused[0]} excused), {extra} extra ({excused[1]} excused)"
+    missing, extra = (
+        _counted(word, [frame.excuses[side] for frame in frames]) for side, word in enumerate(("missing", "extra"))
+    )
     return Comparison(
-        output="boxes",
+        output=output,
         reference=names[0],
         candidate=names[1],
         frames=len(frames),
@@ -187,81 +304,60 @@ def boxes_comparison(
         cosine=cosine,
         worst=accused[0] if accused else "",
         tolerance=", ".join(f"{limit} <= {getattr(tolerance, limit):g}" for limit in LIMIT_OF.values()),
-        passed=matched > 0 and within and not accused,
-        detail=f"{counts}; " + (f"largest difference: {largest}" if matched else "no evidence"),
+        passed=matched > 0 and not accused,
+        detail=f"{matched} matched, {missing}, {extra}; "
+        + (f"largest difference: {largest}" if matched else "no evidence"),
     )
 
 
-def _accused(
-    frames: Sequence[tuple[Detections, Detections]],
-    found: Sequence[Matching],
-    excuses: Sequence[tuple[np.ndarray, np.ndarray]],
-) -> list[str]:
-    """Every missing or extra box without an excuse, in words, the highest score first."""
+def _counted(word: str, excuses: Sequence[np.ndarray]) -> str:
+    """Like "3 missing (2 excused: 1 at the score threshold, 1 by NMS)"."""
+    kinds = np.concatenate(excuses or [np.empty(0)])
+    counts = {name: int(np.count_nonzero(kinds == kind)) for kind, name in enumerate(EXCUSES)}
+    parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{len(kinds)} {word} ({sum(counts.values())} excused{': ' if parts else ''}{parts})"
+
+
+def _accused(frames: Sequence[_Frame], tolerance: BoxTolerance) -> list[str]:
+    """Every pair too far apart and every lone box without an excuse, in words, the highest score first."""
     accused: list[tuple[float, str]] = []
-    for number, ((a, b), matching, excused) in enumerate(zip(frames, found, excuses, strict=True)):
-        for index in matching.missing[~excused[0]]:
+    for number, frame in enumerate(frames):
+        a, b, matching = frame.a, frame.b, frame.matching
+        for pair in np.flatnonzero(~_within(matching, tolerance)):
+            index = int(matching.pairs[pair, 0])
+            over = [
+                name for name in LIMIT_OF if not getattr(matching, name)[pair] <= getattr(tolerance, LIMIT_OF[name])
+            ]
+            text = ", ".join(f"{LIMIT_OF[name]} {getattr(matching, name)[pair]:.4g}" for name in over)
+            accused.append((float(a.scores[index]), f"frame {number}: {_named(a, index)} differs: {text}"))
+        for index in matching.missing[frame.excuses[0] < 0]:
             accused.append((float(a.scores[index]), f"frame {number}: missing {_described(a, int(index), b)}"))
-        for index in matching.extra[~excused[1]]:
+        for index in matching.extra[frame.excuses[1] < 0]:
             accused.append((float(b.scores[index]), f"frame {number}: extra {_described(b, int(index), a)}"))
     return [text for _, text in sorted(accused, key=lambda entry: -entry[0])]
 
 
-def _excuses(
-    a: Detections, b: Detections, matching: Matching, tolerance: BoxTolerance, config: DetectorConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `matching.missing` and of `matching.extra` are excused."""
-    tasks = enumerate(config.head.classes_by_task)
-    task_by_name = {name: task for task, names in tasks for name in names}
-    task_of_label = np.array([task_by_name[name] for name in a.class_names], dtype=np.int64)
-    task_a, task_b = task_of_label[a.labels], task_of_label[b.labels]
-    missing, extra = matching.missing, matching.extra
-    score_a, score_b = a.scores[missing].astype(np.float64), b.scores[extra].astype(np.float64)
-    excused_a = _near_a_cut(score_a, task_a[missing], b.scores, task_b, tolerance.score, config.post)
-    excused_b = _near_a_cut(score_b, task_b[extra], a.scores, task_a, tolerance.score, config.post)
-
-    overlap = iou_bev_matrix(select_boxes(a.boxes, missing), select_boxes(b.boxes, extra))
-    flipped = (
-        (overlap > config.post.nms_threshold)
-        & (task_a[missing][:, None] == task_b[extra][None, :])
-        & (np.abs(score_a[:, None] - score_b[None, :]) <= tolerance.score)
-    )
-    for i, j in np.argwhere(flipped):
-        if not excused_a[i] and not excused_b[j]:
-            excused_a[i] = excused_b[j] = True
-    return excused_a, excused_b
-
-
-def _near_a_cut(
-    scores: np.ndarray, tasks: np.ndarray, kept: np.ndarray, kept_tasks: np.ndarray, margin: float, post: PostConfig
-) -> np.ndarray:
-    near: np.ndarray = np.abs(scores - post.score_threshold) <= margin
-    for task in np.unique(tasks):
-        other = kept[kept_tasks == task].astype(np.float64)
-        if len(other) >= post.nms_post:
-            near |= (tasks == task) & (np.abs(scores - other.min()) <= margin)
-    return near
+def _named(side: Detections, index: int) -> str:
+    x, y, z = (float(value) for value in side.boxes.centre[index])
+    return f"{side.class_names[side.labels[index]]} {side.scores[index]:.4f} at ({x:.2f}, {y:.2f}, {z:.2f}) m"
 
 
 def _described(side: Detections, index: int, other: Detections) -> str:
     """One box in words, with the distance to the nearest box of its class on the other side."""
-    label, centre = side.labels[index], side.boxes.centre[index]
-    x, y, z = (float(value) for value in centre)
-    text = f"{side.class_names[label]} {side.scores[index]:.4f} at ({x:.2f}, {y:.2f}, {z:.2f}) m"
-    same = other.boxes.centre[other.labels == label]
+    text = _named(side, index)
+    same = other.boxes.centre[other.labels == side.labels[index]]
     if not len(same):
         return f"{text}; the other side has none of its class"
-    return f"{text}; the nearest of its class lies {np.linalg.norm(same - centre, axis=1).min():.4g} m away"
+    nearest = np.linalg.norm(same - side.boxes.centre[index], axis=1).min()
+    return f"{text}; the nearest of its class lies {nearest:.4g} m away"
 
 
-def _centre_numbers(
-    frames: Sequence[tuple[Detections, Detections]], found: Sequence[Matching]
-) -> tuple[float, float, float]:
+def _centre_numbers(frames: Sequence[_Frame]) -> tuple[float, float, float]:
     """Largest absolute and relative difference, and cosine, of the matched centres; NaN without any."""
-    if not any(len(m.pairs) for m in found):
+    if not any(len(frame.matching.pairs) for frame in frames):
         return math.nan, math.nan, math.nan
-    a = np.concatenate([a.boxes.centre[m.pairs[:, 0]] for (a, _), m in zip(frames, found, strict=True)])
-    b = np.concatenate([b.boxes.centre[m.pairs[:, 1]] for (_, b), m in zip(frames, found, strict=True)])
-    centres = Tolerance(max_relative=math.inf, min_cosine=-1.0)  # the judgement is not made here
+    a = np.concatenate([frame.a.boxes.centre[frame.matching.pairs[:, 0]] for frame in frames])
+    b = np.concatenate([frame.b.boxes.centre[frame.matching.pairs[:, 1]] for frame in frames])
+    centres = Tolerance(max_relative=-1.0, min_cosine=1.0)  # passes nothing: the judgement is not made here
     numbers = compare_arrays("centres", a, b, names=("", ""), tolerance=centres)
     return numbers.max_abs, numbers.max_relative, numbers.cosine

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save
 from dm3d_deploy.artifacts import write_bytes, write_json
 from dm3d_deploy.detect import VARIANTS, DeployedDetector, load_run
 from dm3d_deploy.evidence import Comparison, Tolerance, compare_arrays
-from dm3d_deploy.geometry.decode import detections_from_maps
+from dm3d_deploy.geometry.decode import decoded
 from dm3d_deploy.geometry.matching import BoxTolerance, boxes_comparison
 from dm3d_deploy.pointcloud import Detections, Voxels
 from dm3d_deploy.reporting.detection_files import detections_to_json
@@ -26,8 +26,8 @@ HEAD_TOLERANCE = {
     "fp16": Tolerance(max_relative=5e-2, min_cosine=0.998),
 }
 BOX_TOLERANCE = {
-    "fp32": BoxTolerance(centre_m=0.01, score=1e-3, size_m=0.01, yaw_rad=0.01, velocity_mps=0.01),
-    "fp16": BoxTolerance(centre_m=0.05, score=0.01, size_m=0.05, yaw_rad=0.05, velocity_mps=0.05),
+    "fp32": BoxTolerance(centre_m=0.01, score=1e-3, size_share=1e-3, yaw_rad=0.01, velocity_mps=0.01),
+    "fp16": BoxTolerance(centre_m=0.05, score=0.01, size_share=0.01, yaw_rad=0.05, velocity_mps=0.05),
 }
 WEIGHTS = {"pruned": "pruned_weights", "dense": "dense_weights"}
 
@@ -105,7 +105,7 @@ def _voxels(run: RunContext, frame: int) -> Voxels:
 def _compare(
     deployed: DeployedDetector, voxels: Voxels, torch_maps: Maps, precision: str
 ) -> tuple[list[Comparison], Detections]:
-    """The BEV map, every kind of head output (tasks side by side) and the boxes of one frame."""
+    """The BEV map, every kind of head output (tasks side by side) and the boxes of one frame, before and after NMS."""
     names = (f"torch, {deployed.variant}", f"ONNX Runtime, {deployed.variant}")
     bev = deployed.bev_from_voxels(voxels)
     rows = [compare_arrays("BEV map", torch_maps["bev"], bev, names=names, tolerance=BACKBONE_TOLERANCE)]
@@ -115,7 +115,7 @@ def _compare(
         tasks = [name for name in heads if name.split(".", 1)[1] == branch]
         reference, candidate = (np.concatenate([found[name] for name in tasks], axis=1) for found in (heads, maps))
         rows.append(compare_arrays(branch, reference, candidate, names=names, tolerance=HEAD_TOLERANCE[precision]))
-    expected, found = detections_from_maps(heads, deployed.config), deployed.decode(maps)
+    expected, found = decoded(heads, deployed.config), decoded(maps, deployed.config)
     tolerance = BOX_TOLERANCE[precision]
-    rows.append(boxes_comparison([expected], [found], names=names, tolerance=tolerance, config=deployed.config))
-    return rows, found
+    rows += boxes_comparison([expected], [found], names=names, tolerance=tolerance, config=deployed.config)
+    return rows, found.kept.detections

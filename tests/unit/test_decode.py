@@ -17,8 +17,8 @@ from dm3d_deploy.config import (
     PostConfig,
     VoxelConfig,
 )
-from dm3d_deploy.errors import EngineError
-from dm3d_deploy.geometry.decode import decode_center_head, detections_from_maps
+from dm3d_deploy.errors import EngineError, InternalError
+from dm3d_deploy.geometry.decode import Located, decoded, detections_from_maps
 
 ROWS, COLUMNS = 6, 8
 REGRESSION = (("center", 2), ("center_z", 1), ("dim", 3), ("rot", 2), ("vel", 2))
@@ -112,7 +112,7 @@ def test_scores_at_the_threshold_are_dropped_and_above_are_kept() -> None:
     maps = silent_maps(config)
     speak(maps, 0, 0, 0, logit=0.0)
     speak(maps, 0, 5, 7, logit=1e-3)
-    assert [len(task) for task in decode_center_head(maps, config)] == [1, 0]
+    assert [len(task.cells) for task in decoded(maps, config).before_nms] == [1, 0]
 
 
 def test_centres_outside_the_limit_range_are_dropped_and_those_on_it_kept() -> None:
@@ -123,7 +123,7 @@ def test_centres_outside_the_limit_range_are_dropped_and_those_on_it_kept() -> N
     speak(maps, 0, 0, 5, logit=3.0)  # x = 0: outside
     speak(maps, 0, 2, 0, logit=3.0)
     maps["0.center_z"][0, 0, 2, 0] = 1.5  # above it
-    assert decode_center_head(maps, config)[0].boxes.centre[:, 0].tolist() == [-10, -2]
+    assert decoded(maps, config).before_nms[0].detections.boxes.centre[:, 0].tolist() == [-10, -2]
 
 
 def test_equal_scores_are_taken_by_the_lowest_flat_index() -> None:
@@ -131,7 +131,7 @@ def test_equal_scores_are_taken_by_the_lowest_flat_index() -> None:
     maps = silent_maps(config)
     maps["1.hm"][:] = 40.0  # every sigmoid is 1 in float32, below as above
     maps["1.hm"][0, 0, 0, 1] = 50.0
-    found = decode_center_head(maps, config)[1]
+    found = decoded(maps, config).before_nms[1].detections
     assert [found.class_names[i] for i in found.labels] == ["b", "b", "b"]
     assert found.boxes.centre[:, 0].tolist() == [-10, -8, -6]
 
@@ -145,7 +145,7 @@ def test_the_best_cells_are_those_of_a_full_sort(seed: int, count: int, levels: 
     flat = maps["1.hm"].ravel().tolist()
     ranked = sorted(range(len(flat)), key=lambda i: (-flat[i], i))[:count]
     expected = [i for i in ranked if 1 / (1 + math.exp(-flat[i])) > 0.3]
-    found = decode_center_head(maps, config)[1]
+    found = decoded(maps, config).before_nms[1].detections
     x = [i % COLUMNS * 2.0 - 10 for i in expected]
     y = [i % (ROWS * COLUMNS) // COLUMNS - 20.0 for i in expected]
     assert found.boxes.centre[:, :2].tolist() == [list(pair) for pair in zip(x, y, strict=True)]
@@ -171,6 +171,39 @@ def test_each_task_returns_at_most_nms_post_boxes() -> None:
         for column in range(0, COLUMNS, 2):
             speak(maps, task, 0, column, logit=1.0 + column)
     assert len(detections_from_maps(maps, config)) == 4
+
+
+def test_the_candidates_and_what_is_kept_carry_their_cells() -> None:
+    config = config_of()
+    maps = silent_maps(config)
+    speak(maps, 0, 2, 2, logit=1.0)
+    speak(maps, 1, 2, 2, logit=2.0)
+    speak(maps, 1, 2, 2, logit=1.5, class_of_task=1)  # suppressed
+    speak(maps, 1, 5, 7, logit=0.5)
+    found = decoded(maps, config)
+    assert [task.cells.tolist() for task in found.before_nms] == [[18], [18, 18, 47]]
+    assert [found.kept.detections.class_names[i] for i in found.before_nms[1].detections.labels] == ["b", "a", "b"]
+    assert found.kept.cells.tolist() == [18, 18, 47]
+    assert found.kept.detections.scores.tolist() == detections_from_maps(maps, config).scores.tolist()
+    assert found.cut_scores == (None, None)
+
+
+def test_a_full_list_says_its_lowest_score_also_where_that_cell_is_outside_the_limits() -> None:
+    config = config_of(max_objects=2, centre_limit_m=(-10, -20, -1, -2, -8, 1))
+    maps = silent_maps(config)
+    for column, logit in ((0, 3.0), (5, 2.0), (1, 1.0)):  # column 5 lies outside
+        speak(maps, 0, 0, column, logit=logit)
+    speak(maps, 1, 0, 0, logit=3.0)
+    found = decoded(maps, config)
+    assert found.before_nms[0].cells.tolist() == [0]
+    assert found.cut_scores == (pytest.approx(1 / (1 + math.exp(-2.0))), None)
+
+
+def test_cells_that_do_not_fit_the_detections_are_a_bug_of_ours() -> None:
+    config = config_of()
+    nothing = detections_from_maps(silent_maps(config), config)
+    with pytest.raises(InternalError, match="1 cells do not fit 0 detections"):
+        Located(detections=nothing, cells=np.zeros(1, np.int64))
 
 
 def test_silence_gives_no_detections() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.evidence import Comparison
+from dm3d_deploy.geometry.decode import Decoded, Located, select_located
 from dm3d_deploy.geometry.matching import (
     BoxTolerance,
     boxes_comparison,
@@ -22,10 +24,10 @@ from dm3d_deploy.geometry.matching import (
 from dm3d_deploy.pointcloud import Boxes3D, Detections
 
 CONFIG = load_config("centerpoint")
-TOLERANCE = BoxTolerance(centre_m=0.1, size_m=0.1, yaw_rad=0.05, velocity_mps=0.2, score=0.02)
+TOLERANCE = BoxTolerance(centre_m=0.1, size_share=0.05, yaw_rad=0.05, velocity_mps=0.2, score=0.02)
 
 
-def boxes(*rows: dict[str, object], class_names: tuple[str, ...] = CONFIG.class_names) -> Detections:
+def boxes(*rows: Mapping[str, object], class_names: tuple[str, ...] = CONFIG.class_names) -> Detections:
     """One car of 4 x 2 x 1.5 m per row, unless the row says otherwise."""
 
     def column(name: str, default: object) -> np.ndarray:
@@ -44,8 +46,38 @@ def boxes(*rows: dict[str, object], class_names: tuple[str, ...] = CONFIG.class_
     )
 
 
-def judge(a: Detections, b: Detections, config: DetectorConfig = CONFIG) -> Comparison:
+def side(*rows: Mapping[str, object], cuts: dict[str, float] | None = None) -> Decoded:
+    """What one side decoded: a row is a candidate, kept by NMS unless it says `kept=False`; each metre is a cell.
+
+    `cuts` gives the lowest score of the full lists by the first class of their tasks.
+    """
+
+    def cell(row: Mapping[str, object]) -> int:
+        x, y, _ = row.get("at", (0, 0, 0))
+        return int(row.get("cell", 1000 * round(y) + round(x)))
+
+    tasks = CONFIG.head.classes_by_task
+    whole = Located(detections=boxes(*rows), cells=np.array([cell(row) for row in rows], dtype=np.int64))
+    kinds = [str(row.get("kind", "car")) for row in rows]
+    return Decoded(
+        before_nms=tuple(
+            select_located(whole, np.array([i for i, kind in enumerate(kinds) if kind in task], dtype=np.int64))
+            for task in tasks
+        ),
+        cut_scores=tuple((cuts or {}).get(task[0]) for task in tasks),
+        kept=select_located(whole, np.array([i for i, r in enumerate(rows) if r.get("kept", True)], dtype=np.int64)),
+    )
+
+
+def judge(a: Decoded, b: Decoded, config: DetectorConfig = CONFIG) -> tuple[Comparison, Comparison]:
     return boxes_comparison([a], [b], names=("model", "engine"), tolerance=TOLERANCE, config=config)
+
+
+def verdicts(a: Decoded, b: Decoded, config: DetectorConfig = CONFIG) -> tuple[bool, bool]:
+    """Before NMS and after it; they do not depend on which side is called the reference."""
+    before, after = (row.passed for row in judge(a, b, config))
+    assert (before, after) == tuple(row.passed for row in judge(b, a, config))
+    return before, after
 
 
 def post(**values: object) -> DetectorConfig:
@@ -81,7 +113,7 @@ def test_differences_are_measured_pair_by_pair() -> None:
     b = boxes({"at": (0.3, 0.4, 0), "size": (4.2, 1.5, 1.5), "yaw": -3.1, "velocity": (4, 5), "score": 0.6})
     found = match_detections(a, b, max_centre_m=1.0)
     assert found.centre_delta_m == pytest.approx([0.5])
-    assert found.size_delta_m == pytest.approx([0.5])
+    assert found.size_share == pytest.approx([0.25])  # the width: 0.5 of 2 m, more than 0.2 of 4 m
     assert found.yaw_delta_rad == pytest.approx([2 * math.pi - 6.2], abs=1e-6)
     assert found.velocity_delta_mps == pytest.approx([5.0])
     assert found.score_delta == pytest.approx([0.3])
@@ -117,82 +149,164 @@ def test_the_table_counts_by_class_and_horizontal_range() -> None:
     assert found == {("car", 0.0): (1, 0, 0), ("car", 15.0): (1, 1, 1), ("bus", 30.0): (1, 1, 0)}
 
 
+def test_a_size_of_nothing_is_met_exactly_or_not_at_all() -> None:
+    flat = {"size": (4, 2, 0)}
+    assert match_detections(boxes(flat), boxes(flat), max_centre_m=1.0).size_share.tolist() == [0.0]
+    assert match_detections(boxes(flat), boxes({"size": (4, 2, 0.1)}), max_centre_m=1.0).size_share.tolist() == [np.inf]
+
+
+ANCHOR: dict[str, object] = {"at": (10, 0, 0)}
+
+
 def test_equal_boxes_pass_and_say_what_was_seen() -> None:
-    a = boxes({"at": (10, 0, 0)}, {"at": (20, 0, 0), "kind": "bus"})
-    found = judge(a, a)
-    assert found.passed
-    assert (found.max_abs, found.max_relative, found.frames) == (0.0, 0.0, 1)
-    assert found.detail.startswith(
-        "2 matched, 0 missing (0 excused), 0 extra (0 excused); largest difference: centre_m 0"
-    )
-    assert found.tolerance == "centre_m <= 0.1, size_m <= 0.1, yaw_rad <= 0.05, velocity_mps <= 0.2, score <= 0.02"
+    a = side(ANCHOR, {"at": (20, 0, 0), "kind": "bus"}, {"at": (11, 0, 0), "kept": False})
+    before, after = judge(a, a)
+    assert (before.output, after.output) == ("boxes before NMS", "boxes")
+    for found, count in ((before, 3), (after, 2)):
+        assert found.passed
+        assert (found.max_abs, found.max_relative, found.frames, found.worst) == (0.0, 0.0, 1, "")
+        assert found.detail.startswith(
+            f"{count} matched, 0 missing (0 excused), 0 extra (0 excused); largest difference: centre_m 0"
+        )
+        limits = "centre_m <= 0.1, size_share <= 0.05, yaw_rad <= 0.05, velocity_mps <= 0.2, score <= 0.02"
+        assert found.tolerance == limits
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"at": (10.2, 0, 0)}, {"size": (4.2, 2, 1.5)}, {"yaw": math.pi}, {"velocity": (0.3, 0)}, {"score": 0.83}],
+    ("change", "said"),
+    [
+        ({"at": (10.2, 0, 0)}, "centre_m 0.2"),
+        ({"size": (4, 2, 1.6)}, "size_share 0.06667"),
+        ({"yaw": math.pi}, "yaw_rad 3.142"),
+        ({"velocity": (0.3, 0)}, "velocity_mps 0.3"),
+        ({"score": 0.83}, "score 0.03"),
+    ],
 )
-def test_one_difference_beyond_its_tolerance_fails(change: dict[str, object]) -> None:
-    near = {"at": (10.05, 0, 0), "size": (4.05, 2, 1.5), "yaw": 0.04, "velocity": (0.1, 0), "score": 0.81}
-    a = boxes({"at": (10, 0, 0)})
-    assert judge(a, boxes(near)).passed
-    assert not judge(a, boxes(near | change)).passed
+def test_one_difference_beyond_its_tolerance_fails_and_is_named(change: dict[str, object], said: str) -> None:
+    near: dict[str, object] = {"at": (10.05, 0, 0), "size": (4.1, 2, 1.5), "yaw": 0.04, "velocity": (0.1, 0)}
+    near["score"] = 0.81
+    assert verdicts(side(ANCHOR), side(near)) == (True, True)
+    assert verdicts(side(ANCHOR), side(near | change)) == (False, False)
+    for row in judge(side(ANCHOR), side(near | change)):
+        assert row.worst == f"frame 0: car 0.8000 at (10.00, 0.00, 0.00) m differs: {said}"
+
+
+def test_a_wrong_box_that_nms_hides_fails_before_nms_alone() -> None:
+    hidden = {"at": (11, 0, 0), "score": 0.7, "kept": False}
+    assert verdicts(side(ANCHOR, hidden), side(ANCHOR, hidden | {"yaw": 0.3})) == (False, True)
+    assert verdicts(side(ANCHOR, hidden), side(ANCHOR)) == (False, True)
+
+
+def test_large_boxes_may_differ_by_more_metres_than_small_ones() -> None:
+    large, small = {"at": (30, 0, 0), "size": (50, 50, 50)}, {"at": (30, 0, 0), "size": (0.5, 0.5, 0.5)}
+    assert verdicts(side(large), side(large | {"size": (52, 50, 50)})) == (True, True)
+    assert verdicts(side(small), side(small | {"size": (0.53, 0.5, 0.5)})) == (False, False)
+
+
+def test_the_same_box_is_that_of_the_same_cell_and_class_however_near_another_lies() -> None:
+    one, other = {"at": (30, 0, 0), "cell": 5, "score": 0.5}, {"at": (30.01, 0, 0), "cell": 6, "score": 0.7}
+    moved = ({"at": (30.011, 0, 0), "cell": 5, "score": 0.5}, {"at": (29.999, 0, 0), "cell": 6, "score": 0.7})
+    assert verdicts(side(one, other), side(*moved)) == (True, True)
+    swapped = ({**one, "cell": 6}, {**other, "cell": 5})
+    assert verdicts(side(one, other), side(*swapped)) == (False, False)
+    assert verdicts(side(ANCHOR, one), side(ANCHOR, one | {"kind": "bus"})) == (False, False)
 
 
 def test_no_box_on_either_side_is_no_evidence() -> None:
-    found = judge(boxes(), boxes())
-    assert not found.passed
-    assert found.detail.endswith("no evidence")
     nothing = boxes_comparison([], [], names=("a", "b"), tolerance=TOLERANCE, config=CONFIG)
-    assert (nothing.passed, nothing.frames) == (False, 0)
+    for row in (*judge(side(), side()), *nothing):
+        assert not row.passed
+        assert row.detail == "0 matched, 0 missing (0 excused), 0 extra (0 excused); no evidence"
+    assert [row.frames for row in nothing] == [0, 0]
+    at_threshold = side({"score": CONFIG.post.score_threshold})
+    assert verdicts(at_threshold, side()) == (False, False)  # one excused box is no evidence either
+
+
+@pytest.mark.parametrize("field", ["at", "size", "yaw", "velocity", "score"])
+def test_what_is_not_a_number_fails(field: str) -> None:
+    nan = {"at": (20, 0, math.nan), "size": (4, math.nan, 1), "velocity": (math.nan, 0)}.get(field, math.nan)
+    one = {"at": (20, 0, 0)}
+    assert verdicts(side(ANCHOR, one), side(ANCHOR, one | {field: nan})) == (False, False)
+    lone = {"at": (30, 0, 0), "score": math.nan}
+    assert verdicts(side(ANCHOR, lone), side(ANCHOR, cuts={"car": 0.8})) == (False, False)
 
 
 def test_frames_of_different_number_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        boxes_comparison([boxes({})], [], names=("a", "b"), tolerance=TOLERANCE, config=CONFIG)
+        boxes_comparison([side({})], [], names=("a", "b"), tolerance=TOLERANCE, config=CONFIG)
+
+
+def test_every_frame_is_judged() -> None:
+    good, bad = side(ANCHOR), side(ANCHOR, {"at": (30, 0, 0)})
+    rows = boxes_comparison([good, good], [good, bad], names=("a", "b"), tolerance=TOLERANCE, config=CONFIG)
+    assert [(row.passed, row.frames, row.worst[:14]) for row in rows] == [(False, 2, "frame 1: extra")] * 2
 
 
 def test_a_missing_box_fails_and_the_highest_score_is_named() -> None:
-    shared_box = {"at": (10, 0, 0)}
-    a = boxes(shared_box, {"at": (30, 0, 0), "score": 0.5}, {"at": (0, 30, 1), "score": 0.7, "kind": "bus"})
-    found = judge(a, boxes(shared_box, {"at": (30.5, 0, 0), "score": 0.6}))
-    assert not found.passed
-    assert found.worst == "frame 0: missing bus 0.7000 at (0.00, 30.00, 1.00) m; the other side has none of its class"
-    assert "1 matched, 2 missing (0 excused), 1 extra (0 excused)" in found.detail
-    other = judge(boxes(shared_box), a)
-    assert other.worst.startswith("frame 0: extra bus")
-    lone = judge(boxes(shared_box), boxes(shared_box, {"at": (30, 0, 0)}))
-    assert lone.worst.endswith("extra car 0.8000 at (30.00, 0.00, 0.00) m; the nearest of its class lies 20 m away")
+    a = side(ANCHOR, {"at": (30, 0, 0), "score": 0.5}, {"at": (0, 30, 1), "score": 0.7, "kind": "bus"})
+    for found in judge(a, side(ANCHOR, {"at": (32, 0, 0), "score": 0.6})):
+        assert not found.passed
+        said = "frame 0: missing bus 0.7000 at (0.00, 30.00, 1.00) m; the other side has none of its class"
+        assert found.worst == said
+        assert "1 matched, 2 missing (0 excused), 1 extra (0 excused)" in found.detail
+    assert all(row.worst.startswith("frame 0: extra bus") for row in judge(side(ANCHOR), a))
+    for row in judge(side(ANCHOR), side(ANCHOR, {"at": (30, 0, 0)})):
+        assert row.worst.endswith("extra car 0.8000 at (30.00, 0.00, 0.00) m; the nearest of its class lies 20 m away")
 
 
-def test_a_box_at_the_score_threshold_is_excused_and_one_above_the_margin_is_not() -> None:
-    shared_box = {"at": (10, 0, 0)}
-    for score, excused in ((0.119, True), (0.125, False)):
-        a = boxes(shared_box, {"at": (30, 0, 0), "score": score})
-        assert judge(a, boxes(shared_box)).passed is excused
-        assert judge(boxes(shared_box), a).passed is excused
-        assert f"1 missing ({int(excused)} excused)" in judge(a, boxes(shared_box)).detail
+@pytest.mark.parametrize(("score", "excused"), [(0.119, True), (0.125, False), (0.95, False)])
+def test_a_box_at_the_score_threshold_is_excused_and_one_above_the_margin_is_not(score: float, excused: bool) -> None:
+    a = side(ANCHOR, {"at": (30, 0, 0), "score": score})
+    assert verdicts(a, side(ANCHOR)) == (excused, excused)
+    kinds = "1 excused: 1 at the score threshold" if excused else "0 excused"
+    assert all(f"1 missing ({kinds}), 0 extra (0 excused)" in row.detail for row in judge(a, side(ANCHOR)))
 
 
-def test_a_box_at_a_full_count_is_excused_only_where_the_other_side_is_full() -> None:
-    first, last, instead = ({"at": (x, 0, 0), "score": s} for x, s in ((10, 0.9), (20, 0.5), (30, 0.51)))
-    full, wide = post(nms_post=2), post(nms_post=3)
-    a, b = boxes(first, last), boxes(first, instead)
-    assert judge(a, b, full).passed
-    assert not judge(a, b, wide).passed
-    assert not judge(a, boxes(first, instead | {"score": 0.55}), full).passed  # not near the lowest kept score
-    assert not judge(a, boxes(first, instead | {"kind": "bus"}), full).passed  # its task is not full
+def test_a_box_at_the_end_of_a_full_list_is_excused_only_where_the_other_side_is_full() -> None:
+    last, instead = {"at": (20, 0, 0), "score": 0.5}, {"at": (30, 0, 0), "score": 0.51}
+    a, b = side(ANCHOR, last, cuts={"car": 0.5}), side(ANCHOR, instead, cuts={"car": 0.51})
+    assert verdicts(a, b) == (True, True)
+    assert all("1 missing (1 excused: 1 at a full list)" in row.detail for row in judge(a, b))
+    assert verdicts(a, side(ANCHOR, instead)) == (False, False)  # nothing was cut off there
+    assert verdicts(a, side(ANCHOR, instead, cuts={"truck": 0.51})) == (False, False)  # another task's list
+    above = side(ANCHOR, instead | {"score": 0.55}, cuts={"car": 0.55})
+    assert verdicts(a, above) == (False, False)  # not near the lowest score
 
 
-def test_two_boxes_that_suppress_each_other_excuse_each_other_once() -> None:
-    anchor = {"at": (10, 0, 0)}
-    one, other = {"at": (30, 0, 0), "score": 0.5}, {"at": (31, 0, 0), "score": 0.51}
-    assert judge(boxes(anchor, one), boxes(anchor, other)).passed
-    assert not judge(boxes(anchor, one), boxes(anchor, other | {"score": 0.55})).passed
-    assert not judge(boxes(anchor, one), boxes(anchor, other | {"at": (33.5, 0, 0)})).passed  # they do not suppress
-    assert not judge(boxes(anchor, one | {"kind": "bus"}), boxes(anchor, other)).passed  # another task
-    third = {"at": (29, 0, 0), "score": 0.51}
-    assert "2 extra (1 excused)" in judge(boxes(anchor, one), boxes(anchor, other, third)).detail
+ONE, OTHER = {"at": (30, 0, 0), "score": 0.5}, {"at": (31, 0, 0), "score": 0.51}
+
+
+def test_a_box_that_nms_dropped_on_one_side_is_excused_after_nms() -> None:
+    a, b = side(ANCHOR, ONE, OTHER | {"kept": False, "score": 0.495}), side(ANCHOR, ONE | {"kept": False}, OTHER)
+    assert verdicts(a, b) == (True, True)
+    detail = judge(a, b)[1].detail
+    assert "1 matched, 1 missing (1 excused: 1 by NMS), 1 extra (1 excused: 1 by NMS)" in detail
+    touching = side(ANCHOR, ONE | {"kept": False}, OTHER), side(ANCHOR, ONE, OTHER)  # only one of the two is lost
+    assert verdicts(*touching) == (True, True)
+
+
+def test_a_box_lost_at_nms_without_a_reason_is_not_excused() -> None:
+    a, lost = side(ANCHOR, ONE), ONE | {"kept": False}
+    far, low = {"at": (33.5, 0, 0), "score": 0.6}, {"at": (31, 0, 0), "score": 0.4}
+    bus = {"at": (31, 0, 0), "score": 0.6, "kind": "bus"}
+    assert verdicts(a, side(ANCHOR, lost)) == (True, False)
+    for neighbour in (far, low, bus):  # it does not overlap, comes later, or is of another task
+        assert verdicts(side(ANCHOR, ONE, neighbour), side(ANCHOR, lost, neighbour)) == (True, False)
+
+
+def test_a_box_lost_at_nms_with_other_numbers_is_not_excused() -> None:
+    lost = ONE | {"kept": False}
+    assert verdicts(side(ANCHOR, ONE, OTHER), side(ANCHOR, lost | {"score": 0.47}, OTHER)) == (False, False)
+    assert verdicts(side(ANCHOR, ONE, OTHER), side(ANCHOR, lost | {"cell": 77}, OTHER)) == (False, False)
+    assert verdicts(side(ANCHOR, ONE, OTHER), side(ANCHOR, OTHER)) == (False, False)
+
+
+def test_nms_that_stopped_at_a_limit_excuses_what_it_did_not_reach() -> None:
+    a, b = side(ANCHOR, ONE), side(ANCHOR, ONE | {"kept": False})
+    assert verdicts(a, b, post(nms_post=2)) == (True, False)
+    assert verdicts(a, b, post(nms_post=1)) == (True, True)
+    assert verdicts(a, b, post(nms_pre=2)) == (True, False)
+    assert verdicts(a, b, post(nms_pre=1)) == (True, True)
 
 
 def published(file: Path) -> Detections:
