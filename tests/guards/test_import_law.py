@@ -17,8 +17,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "geometry", "models", "pruning", "training"),
     (),
     (
-        "__main__", "build", "cli", "detect", "detect_files", "doctor", "inspection", "outside", "reporting",
-        "stages", "steps", "terminal", "train",
+        "__main__", "build", "cli", "detect", "detect_files", "doctor", "evaluate", "inspection", "outside",
+        "reporting", "stages", "steps", "terminal", "train",
     ),
 )  # fmt: skip
 WITHOUT_TORCH = (

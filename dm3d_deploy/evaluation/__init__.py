@@ -1,0 +1,1 @@
+"""Detections against labels, as the benchmarks count them."""

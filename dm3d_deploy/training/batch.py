@@ -1,0 +1,34 @@
+"""What the loop eats: voxels of a few frames or crops of equal size, and what the head should answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from dm3d_deploy.training.targets import TaskTargets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Voxels of `size` frames on a sparse grid of `shape_zyx` cells, one more along z than the voxel grid has."""
+
+    features: Float32[Tensor, "voxels columns"]
+    coords: Int64[Tensor, "voxels 4"]
+    shape_zyx: tuple[int, int, int]
+    size: int
+    targets: tuple[TaskTargets, ...]
+
+    def to(self, device: str) -> Batch:
+        """The same on a device."""
+        targets = tuple(
+            replace(t, heat=t.heat.to(device), cells=t.cells.to(device), values=t.values.to(device))
+            for t in self.targets
+        )
+        return replace(self, features=self.features.to(device), coords=self.coords.to(device), targets=targets)
+
+
+# The batch of a step, by its number alone: whoever resumes at step n sees what an unbroken run would have seen.
+BatchSource = Callable[[int], Batch]

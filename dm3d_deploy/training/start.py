@@ -1,0 +1,54 @@
+"""Weights to start training from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from dm3d_deploy.models.detector import Detector, prunable_layers
+from dm3d_deploy.models.sparse import SparseConvolution
+
+HEAT_BIAS = -2.19  # a score of 0.1 everywhere (Lin et al. 2017, as OpenPCDet's CenterHead)
+CENTRE_BIAS = 0.5  # the middle of the cell
+HEIGHT_BIAS_M = -0.9  # most objects stand below the sensor
+OCCUPANCY = 0.5  # share of a sparse kernel's taps that meet an active cell, roughly
+
+
+def start_weights(detector: Detector, mean_sizes_m: Mapping[str, tuple[float, float, float]], *, seed: int) -> None:
+    """Fill the detector in place: He et al. (2015) for convolutions, norms the identity, outputs at the average box."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in detector.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.reset_parameters()
+        for layer in prunable_layers(detector):
+            module, weight = layer.module, layer.weight
+            fan_in = weight[:, 0].numel() if layer.kind == "deconv2d" else weight[0].numel()
+            if isinstance(module, nn.ConvTranspose2d):
+                fan_in = module.in_channels
+            elif isinstance(module, SparseConvolution):
+                fan_in = max(1, round(fan_in * OCCUPANCY))
+            gain = 1.0 if layer.final else 2.0
+            weight.copy_(
+                torch.randn(weight.shape, generator=random) * math.sqrt(gain / fan_in) * (0.3 if layer.final else 1.0)
+            )
+            if isinstance(module.bias, torch.Tensor):
+                module.bias.zero_()
+        for task, names in enumerate(detector.config.head.classes_by_task):
+            _start_outputs(detector, task, [mean_sizes_m[name] for name in names])
+
+
+def _start_outputs(detector: Detector, task: int, sizes_m: Sequence[tuple[float, float, float]]) -> None:
+    """The biases of one task's outputs."""
+    dim = torch.from_numpy(np.log(np.array(sizes_m)).mean(axis=0))
+    start = {"center": CENTRE_BIAS, "center_z": HEIGHT_BIAS_M, "hm": HEAT_BIAS, "dim": dim}
+    for branch in detector.config.head.branches[task]:
+        if branch.name in start:
+            final = detector.get_submodule(f"dense_head.heads_list.{task}.{branch.name}.{branch.convs - 1}")
+            bias = final.bias
+            if isinstance(bias, torch.Tensor):
+                bias.copy_(torch.as_tensor(start[branch.name]).expand_as(bias))
