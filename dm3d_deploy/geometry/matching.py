@@ -325,10 +325,9 @@ def _accused(frames: Sequence[_Frame], tolerance: BoxTolerance) -> list[str]:
         a, b, matching = frame.a, frame.b, frame.matching
         for pair in np.flatnonzero(~_within(matching, tolerance)):
             index = int(matching.pairs[pair, 0])
-            over = [
-                name for name in LIMIT_OF if not getattr(matching, name)[pair] <= getattr(tolerance, LIMIT_OF[name])
-            ]
-            text = ", ".join(f"{LIMIT_OF[name]} {getattr(matching, name)[pair]:.4g}" for name in over)
+            deltas = {limit: getattr(matching, name)[pair] for name, limit in LIMIT_OF.items()}
+            over = {limit: delta for limit, delta in deltas.items() if not delta <= getattr(tolerance, limit)}
+            text = ", ".join(f"{limit} {delta:.4g}" for limit, delta in over.items())
             accused.append((float(a.scores[index]), f"frame {number}: {_named(a, index)} differs: {text}"))
         for index in matching.missing[frame.excuses[0] < 0]:
             accused.append((float(a.scores[index]), f"frame {number}: missing {_described(a, int(index), b)}"))

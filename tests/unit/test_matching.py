@@ -210,6 +210,8 @@ def test_the_same_box_is_that_of_the_same_cell_and_class_however_near_another_li
     swapped = ({**one, "cell": 6}, {**other, "cell": 5})
     assert verdicts(side(one, other), side(*swapped)) == (False, False)
     assert verdicts(side(ANCHOR, one), side(ANCHOR, one | {"kind": "bus"})) == (False, False)
+    next_class = {"kind": CONFIG.class_names[1], "cell": 4}
+    assert verdicts(side(ANCHOR, one), side(ANCHOR, one | next_class)) == (False, False)
 
 
 def test_no_box_on_either_side_is_no_evidence() -> None:
@@ -227,6 +229,8 @@ def test_what_is_not_a_number_fails(field: str) -> None:
     nan = {"at": (20, 0, math.nan), "size": (4, math.nan, 1), "velocity": (math.nan, 0)}.get(field, math.nan)
     one = {"at": (20, 0, 0)}
     assert verdicts(side(ANCHOR, one), side(ANCHOR, one | {field: nan})) == (False, False)
+    for row in judge(side(ANCHOR, one), side(ANCHOR, one | {field: nan})):
+        assert row.worst.endswith(" nan")
     lone = {"at": (30, 0, 0), "score": math.nan}
     assert verdicts(side(ANCHOR, lone), side(ANCHOR, cuts={"car": 0.8})) == (False, False)
 
@@ -269,6 +273,15 @@ def test_a_box_at_the_end_of_a_full_list_is_excused_only_where_the_other_side_is
     assert all("1 missing (1 excused: 1 at a full list)" in row.detail for row in judge(a, b))
     assert verdicts(a, side(ANCHOR, instead)) == (False, False)  # nothing was cut off there
     assert verdicts(a, side(ANCHOR, instead, cuts={"truck": 0.51})) == (False, False)  # another task's list
+    low = {"at": (20, 0, 0), "score": 0.4}
+    assert verdicts(side(ANCHOR, low), side(ANCHOR, cuts={"car": 0.5})) == (
+        False,
+        False,
+    )  # far below the other side's cut
+    kind = {"kind": CONFIG.head.classes_by_task[2][1]}
+    c, first = side(ANCHOR, last | kind), CONFIG.head.classes_by_task[2][0]
+    assert verdicts(c, side(ANCHOR, cuts={first: 0.51})) == (True, True)
+    assert verdicts(c, side(ANCHOR, cuts={"car": 0.51})) == (False, False)
     above = side(ANCHOR, instead | {"score": 0.55}, cuts={"car": 0.55})
     assert verdicts(a, above) == (False, False)  # not near the lowest score
 
