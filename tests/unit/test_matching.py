@@ -277,7 +277,7 @@ def test_a_box_at_the_end_of_a_full_list_is_excused_only_where_the_other_side_is
     assert verdicts(side(ANCHOR, low), side(ANCHOR, cuts={"car": 0.5})) == (
         False,
         False,
-    )  # far below the other side's cut
+    )  # far below the cut
     kind = {"kind": CONFIG.head.classes_by_task[2][1]}
     c, first = side(ANCHOR, last | kind), CONFIG.head.classes_by_task[2][0]
     assert verdicts(c, side(ANCHOR, cuts={first: 0.51})) == (True, True)
