@@ -1,8 +1,11 @@
 """Fixtures that every test may use."""
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from run_sample import tiny_recipe, write_frames
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -13,3 +16,41 @@ def shared() -> Path:
     if not (SHARED / "oracle").is_dir():
         pytest.skip("needs the real frames and oracles in ../shared")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_frames(tmp_path_factory):
+    """A folder of small point clouds; tests leave it as it is."""
+    return write_frames(tmp_path_factory.mktemp("tiny") / "frames")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_frames):
+    """A whole run of the tiny model, built once; tests leave it as it is."""
+    from dm3d_deploy.build import build
+
+    root = tiny_frames.parent / "run"
+    build(tiny_recipe(tiny_frames), root)
+    return root
+
+
+@pytest.fixture
+def run_copy(tiny_run, tmp_path):
+    """A copy of the tiny run that a test may change."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Call the command line in this process: arguments -> (exit code, standard output, standard error)."""
+    from dm3d_deploy.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dm3d-deploy", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        return ended.value.code or 0, told.out, told.err
+
+    return call
