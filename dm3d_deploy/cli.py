@@ -74,7 +74,7 @@ def build(
     patterns: Annotated[str, typer.Option(help="auto (what the hardware can use) or unstructured.")] = "auto",
     device: Annotated[str, typer.Option(help="Target devices by name, comma-separated; see `devices`.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp16 or fp32, of the BEV and head graph.")] = "fp16",
-    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/MODEL-TARGET].")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/MODEL-TARGET.")] = None,
     calibration_frames: Annotated[int, typer.Option(help="Frames that rank and price the weights.")] = 8,
     seed: Annotated[int, typer.Option(help="Of simulated frames, sketches and untrained weights.")] = 0,
     first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Redo from this stage on.")] = None,

@@ -109,3 +109,19 @@ def test_build_names_the_extra_in_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 3, done.stderr
     assert "dm3d-deploy[compile]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_was_built_runs_without_torch(run_copy: Path, tiny_frames: Path, tmp_path: Path) -> None:
+    """The way of a vehicle computer: detect, measure, render again, look inside."""
+    run, frame = str(run_copy), str(next(path for path in sorted(tiny_frames.iterdir()) if path.is_file()))
+    for words in (
+        ("detect", run, frame, "--out", str(tmp_path / "found"), "--json"),
+        ("bench", run, "--repeats", "2", "--json"),
+        ("engine", run, "--json"),
+        ("report", run, "--json"),
+        ("inspect", run, "--json"),
+    ):
+        done = command(*words)
+        assert done.returncode == 0, f"{words[0]}: {done.stderr}"
+        assert json.loads(done.stdout), words[0]
+    assert list((tmp_path / "found").iterdir())
