@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
@@ -53,12 +54,12 @@ class Kernel:
     `signature` holds Triton's types of the run-time parameters in their order, constexprs left out.
     """
 
+    name: str
     function: str
     signature: tuple[str, ...]
     constexprs: Mapping[str, int | float | bool]
     num_warps: int = 4
     num_stages: int = 3
-    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,11 @@ class F32:
     value: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", float(np.float32(self.value)))
+        try:
+            (rounded,) = struct.unpack("<f", struct.pack("<f", self.value))
+        except OverflowError:
+            rounded = math.inf
+        object.__setattr__(self, "value", rounded)
 
 
 Arg = Pointer | I32 | I64 | F32
@@ -160,6 +165,12 @@ class PlanLayer:
     taps: int
     in_channels: int
     out_channels: int
+
+    def __post_init__(self) -> None:
+        numbers = (self.tiles_kept, self.tiles_total, self.taps, self.in_channels, self.out_channels)
+        whole = all(isinstance(number, int) and number >= 0 for number in numbers)
+        if not isinstance(self.name, str) or not whole or self.tiles_kept > self.tiles_total:
+            _refuse(f"the layer {self.name!r} has the tiles, taps and channels {numbers}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +299,8 @@ class Plan:
             bits = {I32: 32, I64: 64}.get(type(arg))
             if bits is not None and not -(2 ** (bits - 1)) <= arg.value < 2 ** (bits - 1):
                 _refuse(f"{what} is {arg.value}, more than {bits} bits")
+            if not math.isfinite(arg.value):
+                _refuse(f"{what} is {arg.value}, no 32-bit number")
             return
         if not wanted.startswith("*"):
             _refuse(f"{what} is a pointer, not {wanted}")
