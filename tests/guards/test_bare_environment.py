@@ -12,7 +12,10 @@ import pytest
 from source_tree import ROOT, imports_of, modules_of, reached, within
 
 OPTIONAL = ("torch", "tensorrt", "tensorrt_rtx", "triton", "spconv", "cumm", "scipy", "onnxscript")
-MAY_NEED_TORCH = ("dm3d_deploy.models", "dm3d_deploy.training", "exporters", "calib")
+MAY_BE_MADE_OF = {
+    "torch": ("dm3d_deploy.models", "dm3d_deploy.training", "dm3d_deploy.train", "exporters", "calib"),
+    "triton": ("engines.sparse3d",),
+}
 
 BLOCK = """
 import sys
@@ -63,20 +66,28 @@ def missing_of(modules: list[str], blocked: tuple[str, ...] = OPTIONAL) -> dict[
     return found
 
 
-def test_every_module_imports_without_the_optional_packages_but_those_made_of_torch() -> None:
+def made_of(package: str) -> set[str]:
+    """The modules that import an optional package as they are imported themselves."""
     imports = imports_of()
-    made_of_torch = {
-        name for name in imports if "torch" in {n.split(".")[0] for n in reached(name, imports, ["start"])}
-    }
-    missing = missing_of(sorted(name for name in modules_of() if not name.endswith("__main__")))
-    assert set(missing) == made_of_torch
-    assert set(missing.values()) == {"torch"}
-    assert [name for name in made_of_torch if not within(name, MAY_NEED_TORCH)] == []
+    return {name for name in imports if any(within(found, [package]) for found in reached(name, imports, ["start"]))}
 
 
-def test_torch_alone_is_enough_to_import_everything() -> None:
+def everything() -> list[str]:
+    return sorted(name for name in modules_of() if not name.endswith("__main__"))
+
+
+def test_every_module_imports_without_the_optional_packages_but_those_made_of_them() -> None:
+    makers = {package: made_of(package) for package in OPTIONAL}
+    assert makers["torch"], "the guard sees torch where it is"
+    missing = missing_of(everything())
+    assert set(missing) == set().union(*makers.values())
+    for package, modules in makers.items():
+        assert [name for name in modules if not within(name, MAY_BE_MADE_OF.get(package, ()))] == [], package
+
+
+def test_torch_alone_is_enough_to_import_nearly_everything() -> None:
     others = tuple(name for name in OPTIONAL if name != "torch")
-    assert missing_of(sorted(name for name in modules_of() if not name.endswith("__main__")), others) == {}
+    assert set(missing_of(everything(), others)) == set().union(*(made_of(package) for package in others))
 
 
 def test_the_block_blocks() -> None:
