@@ -1,0 +1,65 @@
+"""Convolution over tile lists, and the dense bird's-eye view."""
+
+import triton
+import triton.language as tl
+
+from engines.sparse3d.kernels_index import rank_lookup, rows_of
+
+
+@triton.jit
+def conv_tile_list(
+    features_ptr, book_ptr, count_ptr, list_ptr, length_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, executed_ptr,
+    out_capacity, columns, first_column, layer,
+    CIN: tl.constexpr, COUT: tl.constexpr, ROWS: tl.constexpr, TILE_IN: tl.constexpr, TILE_OUT: tl.constexpr,
+    LONGEST: tl.constexpr, RESIDUAL: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """One layer: out = relu(sum over tiles of rows @ weight tile, + bias, + residual), one loop without a branch.
+
+    An entry of the list is tap | input tile << 5 | stored tile << 11; weights are [tiles, TILE_IN, TILE_OUT].
+    Sums are fp32 whatever the features are. executed[layer] += tiles of this program, where counted.
+    """
+    n = rows_of(count_ptr, out_capacity)
+    block, column = tl.program_id(0), tl.program_id(1)
+    if block * ROWS < n:
+        row = block * ROWS + tl.arange(0, ROWS)
+        mine = row < n
+        channel_in = tl.arange(0, TILE_IN)
+        channel_out = tl.arange(0, TILE_OUT)
+        place = block * columns + first_column + column
+        length = tl.load(length_ptr + place)
+        total = tl.zeros([ROWS, TILE_OUT], tl.float32)
+        for j in range(length):
+            entry = tl.load(list_ptr + place * LONGEST + j)
+            channel = ((entry >> 5) & 63) * TILE_IN + channel_in
+            source = tl.load(book_ptr + (entry & 31) * out_capacity + row, mask=mine, other=-1)
+            address = features_ptr + source[:, None] * CIN + channel[None, :]
+            values = tl.load(address, mask=(source >= 0)[:, None], other=0.0)
+            tile = weight_ptr + (entry >> 11) * (TILE_IN * TILE_OUT)
+            weights = tl.load(tile + channel_in[:, None] * TILE_OUT + channel_out[None, :])
+            total = tl.dot(values, weights, total, input_precision="ieee")
+        channel = column * TILE_OUT + channel_out
+        total += tl.load(bias_ptr + channel)[None, :]
+        place_out = row[:, None] * COUT + channel[None, :]
+        if RESIDUAL:
+            total += tl.load(residual_ptr + place_out, mask=mine[:, None], other=0.0).to(tl.float32)
+        total = tl.maximum(total, 0.0)
+        tl.store(out_ptr + place_out, total.to(out_ptr.dtype.element_ty), mask=mine[:, None])
+        if COUNTED:
+            tl.atomic_add(executed_ptr + layer, length, sem="relaxed")
+
+
+@triton.jit
+def to_bev(
+    features_ptr, bits_ptr, prefix_ptr, bev_ptr, capacity, depth, plane, channels,
+    PITCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """bev[c * depth + z, cell] = features of the site, zero without one: every value is written once, none cleared."""
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.program_id(1)
+    inside = cell < plane
+    row = rank_lookup(bits_ptr, prefix_ptr, z * plane + cell, inside, capacity)
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    real = (channel < channels)[:, None]
+    address = features_ptr + row[None, :] * PITCH + channel[:, None]
+    values = tl.load(address, mask=real & (row >= 0)[None, :], other=0.0)
+    tl.store(bev_ptr + (channel[:, None] * depth + z) * plane + cell[None, :], values, mask=real & inside[None, :])
