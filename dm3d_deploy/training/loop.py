@@ -134,6 +134,8 @@ def train_detector(
     no number any more, or when a disk is full: the last checkpoint stays whole.
     """
     team = team or Team()
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     _prepare(detector)
     optimiser = torch.optim.AdamW(detector.parameters(), lr=1e-4, weight_decay=settings.weight_decay, fused=True)
     progress = load_training(out, detector, optimiser) if resume else Progress()

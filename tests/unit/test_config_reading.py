@@ -28,7 +28,7 @@ def without_name(config):
 
 def test_centerpoint_by_name():
     config = load_config("centerpoint")
-    assert detector_names() == ("centerpoint",)
+    assert detector_names() == ("centerpoint", "centerpoint-slim")
     assert (config.name, config.dataset) == ("centerpoint", "NuScenesDataset")
     assert config.voxels.grid_zyx == (40, 1024, 1024)
     assert (config.voxels.max_voxels, config.voxels.max_points_per_voxel) == (60_000, 10)

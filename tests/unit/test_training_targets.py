@@ -81,7 +81,7 @@ def test_targets_decode_to_the_boxes() -> None:
     found = detections_from_maps({k: v.numpy() for k, v in perfect_maps(targets).items()}, CONFIG)
     assert sorted(found.labels.tolist()) == [0, 1, 2]  # the fourth lies outside the map
     for row, label in enumerate(found.labels):
-        source = int(np.flatnonzero(LABELS == label)[0])
+        source = int(np.flatnonzero(label == LABELS)[0])
         np.testing.assert_allclose(found.boxes.centre[row], boxes.centre[source], atol=1e-5)
         np.testing.assert_allclose(found.boxes.size[row], boxes.size[source], rtol=1e-5)
         assert abs(math.remainder(float(found.boxes.yaw[row] - boxes.yaw[source]), math.tau)) < 1e-5

@@ -1,0 +1,208 @@
+"""The loop: it learns, it resumes exactly, it stops at nonsense, and what it saved is whole."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models_sample import small_config
+
+from dm3d_deploy.errors import CheckpointError, Dm3dError, UsageError
+from dm3d_deploy.models.checkpoints import load_checkpoint
+from dm3d_deploy.models.detector import build_detector
+from dm3d_deploy.pointcloud import Boxes3D
+from dm3d_deploy.training.batch import Batch
+from dm3d_deploy.training.checkpoint import STATE_NAME, WEIGHTS_NAME, Progress
+from dm3d_deploy.training.loop import COLUMN_SCALE, LOG_NAME, TrainSettings, raw_maps, train_detector
+from dm3d_deploy.training.schedule import OneCycle
+from dm3d_deploy.training.start import start_weights
+from dm3d_deploy.training.targets import center_targets, collate
+
+CONFIG = small_config()
+SIZES = {"car": (1.0, 0.5, 0.5), "bus": (2.0, 1.0, 1.0), "trailer": (1.5, 1.5, 1.0)}
+STEPS = 40
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Layers this small are much slower on several threads, and training uses one thread a process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def detector():
+    made = build_detector(CONFIG)
+    start_weights(made, SIZES, seed=1)
+    return made
+
+
+def batches(step: int) -> Batch:
+    """Two scenes of one class each: a block of points is the object, its place random."""
+    random = np.random.default_rng(step)
+    features, coords, frames = [], [], []
+    for index in range(2):
+        corner = random.integers((8, 8, 8), (24, 48, 32))
+        block = np.stack(np.meshgrid(*[np.arange(6)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) + corner
+        places = (block[:, ::-1] + 0.5) * 0.1 + CONFIG.voxels.point_range_m[:3]
+        features.append(np.concatenate([places, np.full((len(block), 1), 90.0)], axis=1))
+        coords.append(np.concatenate([np.full((len(block), 1), index), block], axis=1))
+        boxes = Boxes3D(
+            centre=places.mean(axis=0, keepdims=True).astype(np.float32),
+            size=np.array([SIZES["car"]], dtype=np.float32),
+            yaw=np.zeros(1, np.float32),
+            velocity=np.zeros((1, 2), np.float32),
+        )
+        frames.append(
+            center_targets(boxes, np.zeros(1, np.int64), CONFIG, low_m=CONFIG.voxels.point_range_m[:2], shape=(8, 6))
+        )
+    return Batch(
+        features=torch.from_numpy(np.concatenate(features).astype(np.float32)),
+        coords=torch.from_numpy(np.concatenate(coords).astype(np.int64)),
+        shape_zyx=(41, 64, 48),
+        size=2,
+        targets=collate(frames),
+    )
+
+
+def settings_for(steps=STEPS, **changes):
+    return TrainSettings(steps=steps, log_every=10, half_2d=False, **changes)
+
+
+def test_it_learns(tmp_path) -> None:
+    rows = []
+    made = detector()
+    train_detector(made, batches, settings_for(), out=tmp_path, report=rows.append)
+    assert [row.step for row in rows] == [10, 20, 30, 40]
+    assert rows[-1].heat < 0.5 * rows[0].heat
+    assert not made.training
+    logged = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
+    assert [row["heat"] for row in logged] == [row.heat for row in rows]
+
+
+def test_saved_weights_are_those_in_memory(tmp_path) -> None:
+    """Also the first convolution, which is trained on scaled columns."""
+    made, again = detector(), build_detector(CONFIG)
+    train_detector(made, batches, settings_for(5), out=tmp_path)
+    load_checkpoint(again, tmp_path / WEIGHTS_NAME)
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert int(again.global_step) == 5
+
+
+def test_scaling_the_columns_changes_no_output() -> None:
+    assert all(math.log2(factor).is_integer() for factor in COLUMN_SCALE.values())
+
+
+def test_a_resumed_training_equals_an_unbroken_one(tmp_path) -> None:
+    whole = detector()
+    train_detector(whole, batches, settings_for(12), out=tmp_path / "whole")
+    broken = detector()
+
+    def interrupted(step):
+        if step == 7:
+            raise KeyboardInterrupt
+        return batches(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(broken, interrupted, settings_for(12, save_every_s=0.0), out=tmp_path / "broken")
+    resumed = build_detector(CONFIG)
+    progress = train_detector(resumed, batches, settings_for(12), out=tmp_path / "broken", resume=True)
+    assert progress.step == 12
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path) -> None:
+    def poisoned(step):
+        batch = batches(step)
+        return batch if step < 3 else replace(batch, features=batch.features * float("nan"))
+
+    with pytest.raises(Dm3dError, match=r"diverged at step 3: heat loss nan.*resume from the last checkpoint"):
+        train_detector(detector(), poisoned, settings_for(save_every_s=0.0), out=tmp_path)
+    load_checkpoint(build_detector(CONFIG), tmp_path / WEIGHTS_NAME)
+    load_checkpoint(build_detector(CONFIG), tmp_path / STATE_NAME)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch) -> None:
+    train_detector(detector(), batches, settings_for(2), out=tmp_path)
+    before = (tmp_path / WEIGHTS_NAME).read_bytes()
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dm3d_deploy.artifacts._write_bytes", full)
+    with pytest.raises(Dm3dError, match="disk is full"):
+        train_detector(detector(), batches, settings_for(2), out=tmp_path)
+    assert (tmp_path / WEIGHTS_NAME).read_bytes() == before
+
+
+def test_resuming_nothing_and_resuming_bare_weights(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint .*{STATE_NAME}"):
+        train_detector(detector(), batches, settings_for(2), out=tmp_path, resume=True)
+    torch.save({"model_state": detector().state_dict()}, tmp_path / STATE_NAME)
+    with pytest.raises(CheckpointError, match=r"holds weights but no state of a training: KeyError"):
+        train_detector(detector(), batches, settings_for(2), out=tmp_path, resume=True)
+
+
+def test_what_runs_behind_a_step_has_the_last_word(tmp_path) -> None:
+    made = detector()
+    weight = made.backbone_2d.blocks[0][1].weight
+
+    def mask():
+        with torch.no_grad():
+            weight[:, ::2] = 0
+
+    train_detector(made, batches, settings_for(3), out=tmp_path, after_step=mask)
+    assert not weight[:, ::2].any()
+    assert weight[:, 1::2].any()
+
+
+def test_a_crop_needs_no_detector_of_its_own() -> None:
+    """On the detector's own grid the loop's forward pass is the detector's."""
+    made, batch = detector(), batches(0)
+    made.eval()
+    with torch.no_grad():
+        maps = raw_maps(made, batch, half_2d=False)
+        own = made(batch.features, batch.coords, 2)
+    for name, value in own.items():
+        torch.testing.assert_close(maps[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_start_weights_say_the_average_box() -> None:
+    made, batch = detector(), batches(0)
+    head = made.dense_head.heads_list[1]
+    np.testing.assert_allclose(
+        head.dim[1].bias.detach(), np.log([SIZES["bus"], SIZES["trailer"]]).mean(axis=0), rtol=1e-6
+    )
+    assert head.hm[2].bias.unique().item() == pytest.approx(-2.19)
+    again = detector()
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
+    made.train()
+    maps = raw_maps(made, batch, half_2d=False)
+    assert all(value.abs().max() < 20 for value in maps.values())
+
+
+def test_the_cycle_climbs_and_falls() -> None:
+    cycle = OneCycle(peak_rate=0.01)
+    assert cycle.at(0) == pytest.approx((0.001, 0.95))
+    assert cycle.at(0.15) == pytest.approx((0.01, 0.85))
+    assert cycle.at(1.0) == pytest.approx((0.01 * 0.005, 0.95))
+    rates = [cycle.at(i / 100)[0] for i in range(101)]
+    assert rates == sorted(rates[:16]) + sorted(rates[16:], reverse=True)
+    with pytest.raises(UsageError, match=r"peak learning rate of 0 cannot train"):
+        OneCycle(peak_rate=0)
+
+
+def test_the_length_is_given_once_and_pauses_do_not_count() -> None:
+    for wrong in ({}, {"minutes": 1.0, "steps": 5}):
+        with pytest.raises(UsageError, match="length of a training is given once"):
+            TrainSettings(**wrong)
+    with pytest.raises(UsageError, match="a training of -1 cannot be"):
+        TrainSettings(minutes=-1)
+    settings = TrainSettings(minutes=2.0)
+    assert settings.share_done(Progress(step=10**6, active_s=60.0)) == 0.5
+    assert settings.share_done(Progress(active_s=1e9)) == 1.0
