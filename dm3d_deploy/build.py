@@ -29,6 +29,8 @@ from dm3d_deploy.artifacts import (
     read_manifest,
     write_manifest,
 )
+from dm3d_deploy.config import load_config
+from dm3d_deploy.device import devices_from
 from dm3d_deploy.errors import InternalError, StaleArtifact, UsageError, VerificationFailed, nearest
 from dm3d_deploy.measurements import Measurements, read_measurements, write_measurements
 from dm3d_deploy.outside import outside_digest
@@ -38,6 +40,7 @@ from dm3d_deploy.stages import FILES, STAGE_NAMES, STAGES, RunContext, Stage
 
 TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "safetensors")
 ENGINE_TOOLS = ("tensorrt-rtx",)
+PACKAGES = ("calib", "dm3d_deploy", "engines", "exporters")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,8 @@ def build(
     root = out if out is not None else default_out(recipe)
     wanted = _window(first, last)
     eye: Watch = watch if watch is not None else Silent()
+    load_config(recipe.model)  # a mistyped name is told before minutes of work, and leaves no folder
+    devices_from(recipe.device)
     _refuse_foreign_folder(root, recipe)
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -137,8 +142,9 @@ def _refuse_foreign_folder(root: Path, recipe: Recipe) -> None:
         return
     if MANIFEST_NAME not in names:
         raise UsageError(f"{root} holds files that are not a run.", fix="give an empty or new folder to --out")
-    built = str(read_manifest(root).recipe.get("model", ""))
-    if Path(built).stem != Path(recipe.model).stem:
+    manifest = read_manifest(root)
+    built = str(manifest.recipe.get("model", ""))
+    if manifest.steps and Path(built).stem != Path(recipe.model).stem:
         raise UsageError(f"{root} holds a build of '{built}', not of '{recipe.model}'.", fix="give another --out")
 
 
@@ -167,6 +173,16 @@ def tool_versions(names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def source_digest() -> str:
+    """SHA-256 over our own source files: a build made by other code is not up to date, whatever its version says."""
+    lines = []
+    for package in PACKAGES:
+        folder = Path(str(importlib.import_module(package).__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            lines.append(f"{package}/{path.relative_to(folder).as_posix()} {digest_of_file(path)}")
+    return digest_of_bytes("\n".join(lines).encode())
+
+
 def _raise_if_refuted(root: Path, last: str) -> None:
     if STAGE_NAMES.index(last) < STAGE_NAMES.index("verify"):
         return
@@ -191,7 +207,7 @@ class _Book:
 
     @classmethod
     def open(cls, root: Path, recipe: Recipe) -> _Book:
-        tools = {"dm3d-deploy": __version__, **tool_versions(TOOLS)}
+        tools = {"dm3d-deploy": f"{__version__}+{source_digest()[:12]}", **tool_versions(TOOLS)}
         steps: tuple[Step, ...] = ()
         if (root / MANIFEST_NAME).is_file():
             steps = read_manifest(root).steps

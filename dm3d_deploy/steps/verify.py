@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from dm3d_deploy.artifacts import write_bytes, write_json
+from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.detect import VARIANTS, DeployedDetector, load_run
 from dm3d_deploy.evidence import Comparison, Tolerance, compare_arrays
 from dm3d_deploy.geometry.decode import decoded
@@ -115,7 +117,15 @@ def _compare(
         tasks = [name for name in heads if name.split(".", 1)[1] == branch]
         reference, candidate = (np.concatenate([found[name] for name in tasks], axis=1) for found in (heads, maps))
         rows.append(compare_arrays(branch, reference, candidate, names=names, tolerance=HEAD_TOLERANCE[precision]))
-    expected, found = decoded(heads, deployed.config), decoded(maps, deployed.config)
-    tolerance = BOX_TOLERANCE[precision]
-    rows += boxes_comparison([expected], [found], names=names, tolerance=tolerance, config=deployed.config)
-    return rows, found.kept.detections
+    every = _without_threshold(deployed.config)
+    expected, found = decoded(heads, every), decoded(maps, every)
+    rows += boxes_comparison([expected], [found], names=names, tolerance=BOX_TOLERANCE[precision], config=every)
+    return rows, deployed.decode(maps)
+
+
+def _without_threshold(config: DetectorConfig) -> DetectorConfig:
+    """The same detector with every score let through: a frame without confident boxes is evidence too.
+
+    What NMS keeps above the real threshold is a part of what it keeps here: it takes boxes by falling score.
+    """
+    return replace(config, post=replace(config.post, score_threshold=0.0))
