@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float32, Int64
 
 from calib.simulator.frame import SimulatedFrame, simulate_frame
+from calib.simulator.objects import CLASS_NAMES
+from calib.simulator.sensor import sensor_named
 from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.geometry.boxes import select_boxes, wrap_angle
@@ -62,6 +64,35 @@ class LabelledFrame:
     full_scale: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """A crop's size: whole BEV cells, so many that every block of the 2D backbone halves them evenly, within the range.
+
+    `cells` are BEV cells along x and y, `cell_m` their size.
+    """
+
+    cells: tuple[int, int]
+    cell_m: tuple[float, float]
+
+    @classmethod
+    def of(cls, config: DetectorConfig, size_m: float) -> Window:
+        """The window of a model that is nearest to a square of `size_m`."""
+        even = math.prod(config.backbone_2d.strides) // config.backbone_2d.strides[0]
+        _, rows, columns = config.voxels.grid_zyx
+        cell_m = tuple(config.head.stride * step for step in config.voxels.voxel_size_m[:2])
+        cells = (
+            min(max(round(size_m / cell / even), 1) * even, grid // config.head.stride)
+            for cell, grid in zip(cell_m, (columns, rows), strict=True)
+        )
+        x, y = cells
+        return cls(cells=(x, y), cell_m=(cell_m[0], cell_m[1]))
+
+    @property
+    def size_m(self) -> tuple[float, float]:
+        """Length along x and y."""
+        return self.cells[0] * self.cell_m[0], self.cells[1] * self.cell_m[1]
+
+
 class SimulatedCrops:
     """The batch of each step, from the step's number, the seed and the process alone; frames in hand are a cache."""
 
@@ -69,6 +100,7 @@ class SimulatedCrops:
         if crops < 1:
             raise UsageError(f"a batch of {crops} crops is empty.", fix="use one crop or more")
         self._config, self._seed, self._rank, self._crops = config, seed, rank, crops
+        model_labels(config)
         self._frames: OrderedDict[int, LabelledFrame] = OrderedDict()
 
     def __call__(self, step: int) -> Batch:
@@ -78,16 +110,17 @@ class SimulatedCrops:
         random = np.random.default_rng((self._seed, step, self._rank))
         size_m = LARGE_M if large else SMALL_M
         count = max(1, round(self._crops * (SMALL_M / size_m) ** 2))
+        window = Window.of(self._config, size_m)
         newest = step // STEPS_PER_FRAME + POOL - 1
         crops: list[_Crop] = []
         while len(crops) < count:
             frame = self._frame(newest - int(random.integers(POOL)))
-            crop = _crop(frame, self._config, size_m, random, prefer_large=bool(large))
+            crop = _crop(frame, self._config, window, random, prefer_large=bool(large))
             if crop is not None:
                 crops.append(crop)
         for old in [index for index in self._frames if index <= newest - POOL]:
             del self._frames[old]
-        return _batch(crops, self._config, size_m)
+        return _batch(crops, self._config, window)
 
     def _frame(self, index: int) -> LabelledFrame:
         if index not in self._frames:
@@ -110,10 +143,23 @@ def _draw_frame(config: DetectorConfig, key: tuple[int, int, int]) -> LabelledFr
     return labelled(frame, config, min_points=MIN_POINTS)
 
 
-def labelled(frame: SimulatedFrame, config: DetectorConfig, *, min_points: int) -> LabelledFrame:
-    """A simulated frame in the columns of a model, with the objects of at least `min_points` points."""
-    from calib.simulator.sensor import sensor_named
+def model_labels(config: DetectorConfig) -> Int64[np.ndarray, " classes"]:
+    """For each class of the simulator its label in the model, -1 where the model does not know it.
 
+    Raises UsageError for a model with a class that the simulator does not draw.
+    """
+    strange = [name for name in config.class_names if name not in CLASS_NAMES]
+    if strange:
+        raise UsageError(
+            f"{config.name} detects {', '.join(strange)}, which no simulated scene holds.",
+            fix=f"use a model of {', '.join(CLASS_NAMES)}",
+        )
+    known = {name: label for label, name in enumerate(config.class_names)}
+    return np.array([known.get(name, -1) for name in CLASS_NAMES], dtype=np.int64)
+
+
+def labelled(frame: SimulatedFrame, config: DetectorConfig, *, min_points: int) -> LabelledFrame:
+    """A simulated frame in the columns of a model, with its objects of at least `min_points` points."""
     rows = len(frame.cloud.points)
     columns = [
         frame.cloud.column(name) if name in frame.cloud.columns else np.zeros(rows, np.float32)
@@ -123,29 +169,37 @@ def labelled(frame: SimulatedFrame, config: DetectorConfig, *, min_points: int) 
     full_scale = sensor_named(frame.sensor).intensity_scale
     if "intensity" in config.voxels.columns:
         points[:, config.voxels.columns.index("intensity")] /= full_scale
-    seen = np.flatnonzero(frame.num_points >= min_points)
-    return LabelledFrame(
-        points=points, boxes=select_boxes(frame.boxes, seen), labels=frame.labels[seen], full_scale=full_scale
-    )
+    boxes, labels = seen_objects(frame, config, min_points=min_points)
+    return LabelledFrame(points=points, boxes=boxes, labels=labels, full_scale=full_scale)
+
+
+def seen_objects(
+    frame: SimulatedFrame, config: DetectorConfig, *, min_points: int
+) -> tuple[Boxes3D, Int64[np.ndarray, " boxes"]]:
+    """The objects of classes that the model knows, with at least `min_points` points, labelled as the model does."""
+    labels = model_labels(config)[frame.labels]
+    seen = np.flatnonzero((frame.num_points >= min_points) & (labels >= 0))
+    return select_boxes(frame.boxes, seen), labels[seen]
 
 
 def _crop(
-    frame: LabelledFrame, config: DetectorConfig, size_m: float, random: np.random.Generator, *, prefer_large: bool
+    frame: LabelledFrame, config: DetectorConfig, window: Window, random: np.random.Generator, *, prefer_large: bool
 ) -> _Crop | None:
-    """A random square of the randomly turned frame; None when it is almost empty."""
+    """A random window of the randomly turned frame; None when it is almost empty."""
     points, boxes = _turned(frame, random)
-    x0, y0 = _corner(boxes, frame.labels, config, size_m, random, prefer_large=prefer_large)
-    inside = (points[:, 0] >= x0) & (points[:, 0] < x0 + size_m) & (points[:, 1] >= y0) & (points[:, 1] < y0 + size_m)
+    x0, y0 = _corner(boxes, frame.labels, config, window, random, prefer_large=prefer_large)
+    z0, z1 = config.voxels.point_range_m[2], config.voxels.point_range_m[5]
+    low, high = (x0, y0, z0), (x0 + window.size_m[0], y0 + window.size_m[1], z1)
+    inside = np.ones(len(points), dtype=bool)
+    for axis in range(3):
+        inside &= (points[:, axis] >= low[axis]) & (points[:, axis] < high[axis])
     if np.count_nonzero(inside) < MIN_CROP_POINTS:
         return None
     points = _relit(points[inside], config, frame.full_scale, random)
-    z0, z1 = config.voxels.point_range_m[2], config.voxels.point_range_m[5]
-    grid = replace(config.voxels, point_range_m=(x0, y0, z0, x0 + size_m, y0 + size_m, z1), max_voxels=len(points))
-    if not ((points[:, 2] >= z0) & (points[:, 2] < z1)).any():
-        return None
+    grid = replace(config.voxels, point_range_m=(*low, *high), max_voxels=len(points))
     voxels = voxelize(PointCloud(points=points, columns=config.voxels.columns), grid)
-    cells = round(size_m / (config.head.stride * config.voxels.voxel_size_m[0]))
-    targets = center_targets(boxes, frame.labels, config, low_m=(x0, y0), shape=(cells, cells))
+    columns, rows = window.cells
+    targets = center_targets(boxes, frame.labels, config, low_m=(x0, y0), shape=(rows, columns))
     return _Crop(features=voxels.features, coords=voxels.coords, targets=targets)
 
 
@@ -175,7 +229,7 @@ def _corner(
     boxes: Boxes3D,
     labels: Int64[np.ndarray, " boxes"],
     config: DetectorConfig,
-    size_m: float,
+    window: Window,
     random: np.random.Generator,
     *,
     prefer_large: bool,
@@ -188,14 +242,14 @@ def _corner(
         names = [config.class_names[label] for label in labels[rows]]
         weight = np.array([CLASS_WEIGHT.get(n, 1.0) * (4 if prefer_large and n in LARGE_CLASSES else 1) for n in names])
         chosen = rows[int(random.choice(len(rows), p=weight / weight.sum()))]
-        middle = boxes.centre[chosen, :2] + random.uniform(-0.4, 0.4, 2) * size_m
+        middle = boxes.centre[chosen, :2] + random.uniform(-0.4, 0.4, 2) * window.size_m
     else:
         middle = random.uniform(np.array(low) * 0.7, np.array(high) * 0.7)
     corner = []
     for axis in range(2):
-        step = config.head.stride * config.voxels.voxel_size_m[axis]
-        most = round((high[axis] - low[axis] - size_m) / step)
-        cell = min(max(round(float(middle[axis] - size_m / 2 - low[axis]) / step), 0), most)
+        step, size = window.cell_m[axis], window.size_m[axis]
+        most = round((high[axis] - low[axis] - size) / step)
+        cell = min(max(round(float(middle[axis] - size / 2 - low[axis]) / step), 0), most)
         corner.append(low[axis] + cell * step)
     return corner[0], corner[1]
 
@@ -217,7 +271,7 @@ def _relit(
     return points
 
 
-def _batch(crops: list[_Crop], config: DetectorConfig, size_m: float) -> Batch:
+def _batch(crops: list[_Crop], config: DetectorConfig, window: Window) -> Batch:
     depth = config.voxels.grid_zyx[0]
     features, coords = [], []
     for index, crop in enumerate(crops):
@@ -225,11 +279,10 @@ def _batch(crops: list[_Crop], config: DetectorConfig, size_m: float) -> Batch:
         cells[:, 0] = index
         features.append(torch.from_numpy(crop.features))
         coords.append(cells)
-    cells_y, cells_x = (round(size_m / size) for size in config.voxels.voxel_size_m[1::-1])
     return Batch(
         features=torch.cat(features),
         coords=torch.cat(coords),
-        shape_zyx=(depth + 1, cells_y, cells_x),
+        shape_zyx=(depth + 1, window.cells[1] * config.head.stride, window.cells[0] * config.head.stride),
         size=len(crops),
         targets=collate([crop.targets for crop in crops]),
     )

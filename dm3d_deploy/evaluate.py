@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from dm3d_deploy.config import load_config
 from dm3d_deploy.errors import UsageError, require
 from dm3d_deploy.evaluation.nuscenes import NuscenesScore, Truth, score_frames
-from dm3d_deploy.geometry.boxes import select_boxes
 from dm3d_deploy.geometry.decode import detections_from_maps
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Detections, PointCloud
@@ -53,7 +52,7 @@ def detect_simulated(
     """Detections and labels of held-out simulated frames; errors as `evaluate_simulated`."""
     require("torch", extra="compile")
     from calib.simulator.frame import simulate_frame
-    from calib.training_frames import FIRST_TRAINING_SEED
+    from calib.training_frames import FIRST_TRAINING_SEED, seen_objects
     from dm3d_deploy.models.checkpoints import load_checkpoint
     from dm3d_deploy.models.detector import build_detector
 
@@ -70,8 +69,8 @@ def detect_simulated(
     for index in range(frames):
         frame = simulate_frame(first_seed + index, sensor=sensor)
         found.append(detect_with(detector, frame.cloud))
-        seen = (frame.num_points >= MIN_POINTS).nonzero()[0]
-        truths.append(Truth(boxes=select_boxes(frame.boxes, seen), labels=frame.labels[seen]))
+        boxes, labels = seen_objects(frame, detector.config, min_points=MIN_POINTS)
+        truths.append(Truth(boxes=boxes, labels=labels))
         if advanced is not None:
             advanced(index + 1, frames)
     return found, truths
