@@ -1,0 +1,33 @@
+"""Kernels that the tests of the ahead-of-time compiler compile: one that is right, others that are not."""
+
+import os
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scale(x_ptr, out_ptr, count, factor, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x_ptr + row, mask=row < count, other=0.0)
+    tl.store(out_ptr + row, value * factor + SHIFT, mask=row < count)
+
+
+@triton.jit
+def crowded(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """Every value is needed again after their sum: far more than one warp's registers hold."""
+    row = tl.arange(0, BLOCK)
+    value = tl.load(x_ptr + row)
+    tl.store(out_ptr + row, value - tl.sum(value, 0))
+
+
+@triton.jit
+def wrong(x_ptr, out_ptr):
+    tl.store(out_ptr, tl.load(x_ptr) + no_such_name)  # noqa: F821
+
+
+def __getattr__(name: str) -> None:
+    """Stands for a compiler that aborts."""
+    if name == "aborting":
+        os.abort()
+    raise AttributeError(name)
