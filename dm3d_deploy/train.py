@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dm3d_deploy.artifacts import write_json
 from dm3d_deploy.config import DetectorConfig, load_config
-from dm3d_deploy.errors import UsageError, require
+from dm3d_deploy.errors import Dm3dError, StaleArtifact, UsageError, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from dm3d_deploy.training.loop import LogRow, TrainSettings
 
 PROCESSES = 2
+PLAN_NAME = "plan.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +79,31 @@ def train(
         peak_rate=peak_rate,
     )
     settings = _settings(plan)  # refuses before any process starts
-    Path(out).mkdir(parents=True, exist_ok=True)
+    _keep_plan(plan)
     _run_team(plan, settings, report)
     return Path(out) / "weights.safetensors"
+
+
+def _keep_plan(plan: TrainPlan) -> None:
+    """Write the plan beside the weights; a resumed training must follow the plan that it began with."""
+    path = Path(plan.out) / PLAN_NAME
+    now = {name: value for name, value in asdict(plan).items() if name not in ("out", "init", "resume")}
+    if not plan.resume:
+        write_json(path, now)
+        return
+    if not path.is_file():
+        raise UsageError(f"{plan.out} holds no training to resume.", fix="start one, without resume")
+    try:
+        began = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{name} was {began[name]} and is {now[name]}" for name in now if began[name] != now[name]]
+    except (ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise StaleArtifact(f"{path} is no plan of a training: {reason}.", fix="start again, from init") from None
+    if changed:
+        raise UsageError(
+            f"the training in {plan.out} began with other settings: {'; '.join(changed)}.",
+            fix="resume with the settings it began with, or start another from its weights with init",
+        )
 
 
 def _run_team(plan: TrainPlan, settings: TrainSettings, report: Callable[[LogRow], None] | None) -> None:
@@ -109,7 +135,11 @@ def _settings(plan: TrainPlan) -> TrainSettings:
 
 def _follow(plan: TrainPlan, rank: int, meeting: Path) -> None:
     """What every process but the first does."""
-    _work(plan, _settings(plan), rank, meeting, None)
+    try:
+        _work(plan, _settings(plan), rank, meeting, None)
+    except Dm3dError as error:
+        sys.stderr.write(f"training process {rank}: {error}\n")
+        raise SystemExit(error.exit_code) from None
 
 
 def _work(

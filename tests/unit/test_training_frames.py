@@ -12,7 +12,7 @@ import calib.training_frames as training_frames
 from calib.simulator.frame import simulate_frame
 from calib.training_frames import FIRST_TRAINING_SEED, SimulatedCrops, Window, labelled, model_labels, seen_objects
 from dm3d_deploy.config import config_from_text, load_config
-from dm3d_deploy.errors import UsageError
+from dm3d_deploy.errors import StaleArtifact, UsageError
 from dm3d_deploy.evaluate import evaluate_simulated
 from dm3d_deploy.train import train
 
@@ -127,6 +127,8 @@ def test_a_training_of_two_processes_leaves_weights_that_evaluate(tmp_path) -> N
     )
     assert done.returncode == 0, done.stderr
     weights = Path(done.stdout.strip())
+    with pytest.raises(UsageError, match=r"began with other settings: steps was 2 and is 3; seed was 0 and is 1"):
+        train(str(TINY), out=weights.parent, steps=3, seed=1, resume=True)
     score = evaluate_simulated(str(TINY), weights, frames=1, sensor="hdl64")
     assert score.frames == 1
     assert 0 <= score.mean_ap <= 1
@@ -143,4 +145,9 @@ def test_settings_that_exclude_each_other(tmp_path) -> None:
         train(str(TINY), out=tmp_path, steps=1, processes=0)
     with pytest.raises(UsageError, match="length of a training is given once"):
         train(str(TINY), out=tmp_path)
+    with pytest.raises(UsageError, match="holds no training to resume"):
+        train(str(TINY), out=tmp_path, steps=1, resume=True)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(StaleArtifact, match="is no plan of a training"):
+        train(str(TINY), out=tmp_path, steps=1, resume=True)
