@@ -24,6 +24,7 @@ CLASS_RANGE_M = {
     "pedestrian": 40.0,
     "traffic_cone": 30.0,
 }
+DEFAULT_RANGE_M = 50.0
 RECALLS = 101
 MIN_RECALL = 0.1
 MIN_PRECISION = 0.1
@@ -83,11 +84,11 @@ def score_frames(
     classes = {}
     for label, name in enumerate(names):
         low, high = between_m or (0.0, np.inf)
-        high = min(high, CLASS_RANGE_M.get(name, 50.0))
-        objects = [t.boxes.centre[(t.labels == label) & _within(t.boxes, low, high), :2] for t in truths]
+        high = min(high, CLASS_RANGE_M.get(name, DEFAULT_RANGE_M))
+        objects = [t.boxes.centre[(t.labels == label) & within(t.boxes, low, high), :2] for t in truths]
         if not sum(map(len, objects)):
             continue
-        chosen = [(d.labels == label) & _within(d.boxes, low, high) for d in detections]
+        chosen = [(d.labels == label) & within(d.boxes, low, high) for d in detections]
         found = [d.boxes.centre[rows, :2] for d, rows in zip(detections, chosen, strict=True)]
         scores = np.concatenate([d.scores[rows] for d, rows in zip(detections, chosen, strict=True)])
         classes[name] = _class_score(found, scores.astype(np.float64), objects)
@@ -117,17 +118,25 @@ def match_by_distance(
     objects: Sequence[Float64[np.ndarray, "objects 2"]],
     distance_m: float,
 ) -> Bool[np.ndarray, " detections"]:
-    """Which detections hit, in the order of falling scores over all frames.
+    """Which detections hit, in the order of falling scores over all frames, as `matched_objects` pairs them."""
+    return matched_objects(found, scores, objects, distance_m) >= 0
 
-    Each takes the nearest object of its frame that no better one took, if that is nearer than `distance_m`. Of equal
-    scores the later comes first, as in the devkit.
+
+def matched_objects(
+    found: Sequence[Float64[np.ndarray, "boxes 2"]],
+    scores: Float64[np.ndarray, " detections"],
+    objects: Sequence[Float64[np.ndarray, "objects 2"]],
+    distance_m: float,
+) -> Int64[np.ndarray, " detections"]:
+    """The object of its frame that each detection hits, -1 for none, in the order `by_falling_score`.
+
+    Each takes the nearest object of its frame that no better one took, if that is nearer than `distance_m`.
     """
     frame = np.repeat(np.arange(len(found)), [len(f) for f in found])
     row = np.concatenate([np.arange(len(f)) for f in found])
-    order = np.argsort(scores, kind="stable")[::-1]
     free = [np.ones(len(o), dtype=bool) for o in objects]
-    hits = np.zeros(len(scores), dtype=bool)
-    for place, index in enumerate(order):
+    matched = np.full(len(scores), -1, dtype=np.int64)
+    for place, index in enumerate(by_falling_score(scores)):
         at = frame[index]
         if not free[at].any():
             continue
@@ -135,8 +144,13 @@ def match_by_distance(
         nearest = int(np.argmin(away))
         if away[nearest] < distance_m:
             free[at][nearest] = False
-            hits[place] = True
-    return hits
+            matched[place] = nearest
+    return matched
+
+
+def by_falling_score(scores: Float64[np.ndarray, " detections"]) -> Int64[np.ndarray, " detections"]:
+    """Indices of the detections, best first; of equal scores the later comes first, as in the devkit."""
+    return np.argsort(scores, kind="stable")[::-1]
 
 
 def _class_score(found: list[np.ndarray], scores: np.ndarray, objects: list[np.ndarray]) -> ClassScore:
@@ -147,7 +161,8 @@ def _class_score(found: list[np.ndarray], scores: np.ndarray, objects: list[np.n
     return ClassScore(objects=count, detections=len(scores), ap_at_m=at)
 
 
-def _within(boxes: Boxes3D, low_m: float, high_m: float) -> Bool[np.ndarray, " boxes"]:
+def within(boxes: Boxes3D, low_m: float, high_m: float) -> Bool[np.ndarray, " boxes"]:
+    """Which boxes lie at a horizontal distance from the sensor of at least `low_m` and less than `high_m`."""
     away = np.hypot(boxes.centre[:, 0], boxes.centre[:, 1])
-    within: np.ndarray = (away >= low_m) & (away < high_m)
-    return within
+    inside: np.ndarray = (away >= low_m) & (away < high_m)
+    return inside
