@@ -14,6 +14,8 @@ from dm3d_deploy.errors import InternalError, StaleArtifact, VerificationFailed
 from dm3d_deploy.measurements import read_measurements
 from dm3d_deploy.stages import STAGE_NAMES
 
+SOURCE_DIGEST = builder.source_digest  # before `tiny_run` holds it still
+
 
 def planned(recipe, root, **window):
     return [row.stage for row in plan(recipe, root, **window) if not row.fresh]
@@ -69,6 +71,22 @@ def test_a_changed_frame_is_noticed_by_its_bytes(tiny_run, tiny_frames):
 def test_a_changed_tool_is_noticed(tiny_run, tiny_frames, monkeypatch):
     monkeypatch.setattr(builder, "tool_versions", lambda names: dict.fromkeys(names, "0.0"))
     assert planned(tiny_recipe(tiny_frames), tiny_run) == list(STAGE_NAMES)
+
+
+def test_other_code_is_noticed(tiny_run, tiny_frames, monkeypatch):
+    monkeypatch.setattr(builder, "source_digest", lambda: "0" * 64)
+    assert planned(tiny_recipe(tiny_frames), tiny_run) == list(STAGE_NAMES)
+
+
+def test_the_digest_of_the_code_sees_every_package(monkeypatch):
+    read, digest_of_file = [], builder.digest_of_file
+    monkeypatch.setattr(builder, "digest_of_file", lambda path: read.append(path) or digest_of_file(path))
+    found = SOURCE_DIGEST()
+    assert {"build.py", "readers.py", "bev_head.py", "onnx_runtime.py", "voxelize.py"} <= {path.name for path in read}
+    monkeypatch.setattr(
+        builder, "digest_of_file", lambda path: "other" if path.name == "nms.py" else digest_of_file(path)
+    )
+    assert SOURCE_DIGEST() != found
 
 
 def test_a_new_target_keeps_what_came_before_and_forgets_what_came_after(run_copy, tiny_frames):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from run_sample import tiny_recipe, tree
 
+from dm3d_deploy import build as builder
 from dm3d_deploy.artifacts import read_manifest
 from dm3d_deploy.stages import STAGES
 
@@ -18,8 +19,8 @@ BUILD = """
 import os, signal, sys
 from pathlib import Path
 from run_sample import Noted, tiny_recipe
-from dm3d_deploy.build import build
-frames, root, deadly = sys.argv[1:]
+from dm3d_deploy import build as builder
+frames, root, deadly, digest = sys.argv[1:]
 EARLY = ("gradients", "bench")
 
 class Deadly(Noted):
@@ -36,7 +37,8 @@ def dying_replace(self, target):
         os.kill(os.getpid(), signal.SIGKILL)
     return replace(self, target)
 Path.replace = dying_replace
-build(tiny_recipe(frames), Path(root), watch=watch)
+builder.source_digest = lambda: digest
+builder.build(tiny_recipe(frames), Path(root), watch=watch)
 print(*watch.ran)
 """
 
@@ -45,7 +47,7 @@ def build_in_a_child(frames, root, deadly):
     tests = Path(__file__).resolve().parents[1]
     paths = os.pathsep.join([str(tests), str(tests.parent)])
     return subprocess.run(
-        [sys.executable, "-c", BUILD, str(frames), str(root), deadly],
+        [sys.executable, "-c", BUILD, str(frames), str(root), deadly, builder.source_digest()],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
