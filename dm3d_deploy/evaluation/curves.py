@@ -47,7 +47,7 @@ class Curve:
         return 100.0 * float(self.precision[first::every].mean()) if self.objects else None
 
 
-def precision_curve(frames: Sequence[FlaggedFrame], *, min_iou: float, positions: int, repeat_below: int) -> Curve:
+def precision_curve(frames: Sequence[FlaggedFrame], *, min_iou: float, positions: int, repeat_below: float) -> Curve:
     """The curve that KITTI's and ONCE's evaluations draw.
 
     First pass: each object takes the best-scored free detection that overlaps it by more than `min_iou`; the scores
