@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jaxtyping import Float32, Int64
 from torch import Tensor
@@ -20,14 +20,6 @@ class Batch:
     shape_zyx: tuple[int, int, int]
     size: int
     targets: tuple[TaskTargets, ...]
-
-    def to(self, device: str) -> Batch:
-        """The same on a device."""
-        targets = tuple(
-            replace(t, heat=t.heat.to(device), cells=t.cells.to(device), values=t.values.to(device))
-            for t in self.targets
-        )
-        return replace(self, features=self.features.to(device), coords=self.coords.to(device), targets=targets)
 
 
 # The batch of a step, by its number alone: whoever resumes at step n sees what an unbroken run would have seen.

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from dm3d_deploy.models.detector import Detector, prunable_layers
-from dm3d_deploy.models.sparse import SparseConvolution
+from dm3d_deploy.models.detector import Detector, PrunableLayer, prunable_layers
 
 HEAT_BIAS = -2.19  # a score of 0.1 everywhere (Lin et al. 2017, as OpenPCDet's CenterHead)
 CENTRE_BIAS = 0.5  # the middle of the cell
 HEIGHT_BIAS_M = -0.9  # most objects stand below the sensor
+OUTPUT_DEVIATION = 0.02  # outputs start near their biases
 OCCUPANCY = 0.5  # share of a sparse kernel's taps that meet an active cell, roughly
 
 
@@ -26,20 +26,19 @@ def start_weights(detector: Detector, mean_sizes_m: Mapping[str, tuple[float, fl
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.reset_parameters()
         for layer in prunable_layers(detector):
-            module, weight = layer.module, layer.weight
-            fan_in = weight[:, 0].numel() if layer.kind == "deconv2d" else weight[0].numel()
-            if isinstance(module, nn.ConvTranspose2d):
-                fan_in = module.in_channels
-            elif isinstance(module, SparseConvolution):
-                fan_in = max(1, round(fan_in * OCCUPANCY))
-            gain = 1.0 if layer.final else 2.0
-            weight.copy_(
-                torch.randn(weight.shape, generator=random) * math.sqrt(gain / fan_in) * (0.3 if layer.final else 1.0)
-            )
-            if isinstance(module.bias, torch.Tensor):
-                module.bias.zero_()
+            deviation = OUTPUT_DEVIATION if layer.final else math.sqrt(2 / _fan_in(layer))
+            layer.weight.copy_(deviation * torch.randn(layer.weight.shape, generator=random))
+            if isinstance(layer.module.bias, torch.Tensor):
+                layer.module.bias.zero_()
         for task, names in enumerate(detector.config.head.classes_by_task):
             _start_outputs(detector, task, [mean_sizes_m[name] for name in names])
+
+
+def _fan_in(layer: PrunableLayer) -> float:
+    """How many products a layer's output sums."""
+    if layer.kind == "deconv2d":
+        return float(layer.weight.shape[0])
+    return layer.weight[0].numel() * (OCCUPANCY if layer.kind == "sparse" else 1.0)
 
 
 def _start_outputs(detector: Detector, task: int, sizes_m: Sequence[tuple[float, float, float]]) -> None:
