@@ -28,14 +28,15 @@ def conv_tile_list(
         place = block * columns + first_column + column
         length = tl.load(length_ptr + place)
         total = tl.zeros([ROWS, TILE_OUT], tl.float32)
+        sources = book_ptr + row
+        inputs = features_ptr + channel_in[None, :]
+        tiles = weight_ptr + channel_in[:, None] * TILE_OUT + channel_out[None, :]
         for j in range(length):
             entry = tl.load(list_ptr + place * LONGEST + j)
-            channel = ((entry >> 5) & 63) * TILE_IN + channel_in
-            source = tl.load(book_ptr + (entry & 31) * out_capacity + row, mask=mine, other=-1)
-            address = features_ptr + source[:, None] * CIN + channel[None, :]
-            values = tl.load(address, mask=(source >= 0)[:, None], other=0.0)
-            tile = weight_ptr + (entry >> 11) * (TILE_IN * TILE_OUT)
-            weights = tl.load(tile + channel_in[:, None] * TILE_OUT + channel_out[None, :])
+            source = tl.load(sources + (entry & 31) * out_capacity, mask=mine, other=-1)
+            start = source * CIN + ((entry >> 5) & 63) * TILE_IN
+            values = tl.load(inputs + start[:, None], mask=(source >= 0)[:, None], other=0.0)
+            weights = tl.load(tiles + (entry >> 11) * (TILE_IN * TILE_OUT))
             total = tl.dot(values, weights, total, input_precision="ieee")
         channel = column * TILE_OUT + channel_out
         total += tl.load(bias_ptr + channel)[None, :]
