@@ -26,18 +26,42 @@ from engines.sparse3d.plan import (
 SIGNATURE = ("*fp16", "*i32", "*fp32", "i32", "i64", "fp32")
 
 
+KERNELS = (
+    Kernel(name="scale/64", function="kernels.scale", signature=SIGNATURE, constexprs={"BLOCK": 64, "RELU": True}),
+    Kernel(name="count", function="kernels_index.count", signature=("*i32",), constexprs={}, num_warps=1, num_stages=1),
+)
+STEPS = (
+    Memset(buffer=2, offset=16, bytes=64, value=0xFFFFFFFF),
+    Launch(
+        kernel=0,
+        grid=(7, 3, 2),
+        args=(Pointer(0), Pointer(1, 16), Pointer(3), I32(-5), I64(-(2**40)), F32(0.1)),
+    ),
+    Launch(kernel=1, grid=(1, 1, 1), args=(Pointer(5),)),
+    Memset(buffer=4, offset=0, bytes=48),
+    Launch(
+        kernel=0,
+        grid=(2**31 - 1, 65535, 65535),
+        args=(Pointer(4, 32), Pointer(2, 992), Pointer(3, 16), I32(2**31 - 1), I64(2**63 - 1), F32(-3.0)),
+    ),
+)
+STATUS = Status(
+    buffer=5,
+    words=(
+        StatusWord(name="input", kind="count"),
+        StatusWord(name="conv2", kind="count"),
+        StatusWord(name="outside the grid", kind="dropped"),
+        StatusWord(name="range", kind="cutoff_m"),
+    ),
+)
+
+
 def sample_plan() -> Plan:
     constants, buffers = packed_constants(
         {"weights": np.arange(40, dtype=np.float16), "starts": np.arange(7, dtype=np.int32)}
     )
-    kernels = (
-        Kernel(name="scale/64", function="kernels.scale", signature=SIGNATURE, constexprs={"BLOCK": 64, "RELU": True}),
-        Kernel(
-            name="count", function="kernels_index.count", signature=("*i32",), constexprs={}, num_warps=1, num_stages=1
-        ),
-    )
     return Plan(
-        kernels=kernels,
+        kernels=KERNELS,
         buffers=(
             *buffers,
             Buffer(name="bits", offset=256, bytes=1000, kind="workspace"),
@@ -46,21 +70,7 @@ def sample_plan() -> Plan:
             Buffer(name="status", offset=0, bytes=4 * 4, kind="output"),
         ),
         constants=constants,
-        steps=(
-            Memset(buffer=2, offset=16, bytes=64, value=0xFFFFFFFF),
-            Launch(
-                kernel=0,
-                grid=(7, 3, 2),
-                args=(Pointer(0), Pointer(1, 16), Pointer(3), I32(-5), I64(-(2**40)), F32(0.1)),
-            ),
-            Launch(kernel=1, grid=(1, 1, 1), args=(Pointer(5),)),
-            Memset(buffer=4, offset=0, bytes=48),
-            Launch(
-                kernel=0,
-                grid=(2**31 - 1, 65535, 65535),
-                args=(Pointer(4, 32), Pointer(2, 992), Pointer(3, 16), I32(2**31 - 1), I64(2**63 - 1), F32(-3.0)),
-            ),
-        ),
+        steps=STEPS,
         capacities={"input": 100, "conv2": 60},
         workspace_bytes=1500,
         inputs=(Binding(name="features", dtype="fp32", shape=(4, 3), buffer=3),),
@@ -69,27 +79,24 @@ def sample_plan() -> Plan:
             Binding(name="status", dtype="i32", shape=(4,), buffer=5),
         ),
         layers=(PlanLayer(name="conv1", tiles_kept=20, tiles_total=27, taps=27, in_channels=16, out_channels=32),),
-        status=Status(
-            buffer=5,
-            words=(
-                StatusWord(name="input", kind="count"),
-                StatusWord(name="conv2", kind="count"),
-                StatusWord(name="outside the grid", kind="dropped"),
-                StatusWord(name="range", kind="cutoff_m"),
-            ),
-        ),
+        status=STATUS,
         meta={"grid_zyx": [41, 8, 8], "bytes_moved": 12345},
     )
 
 
 def sample_with_cubins(*sms: int) -> Plan:
+    """Images in the form that the stand-in libcuda reads: the parameters' kinds, `_` for one of Triton's own."""
     plan = sample_plan()
     for sm in sms:
         images = (
             Cubin(
-                symbol="scale", image=b"\x7fELF" + bytes([sm]) * 300, shared_bytes=50000, threads=128, hidden_params=2
+                symbol="scale",
+                image=b"\x7fELFdm3dpppilf__\0" + bytes([sm]) * 300,
+                shared_bytes=50000,
+                threads=128,
+                hidden_params=2,
             ),
-            Cubin(symbol="count", image=b"\x7fELF" + bytes([sm]) * 10, shared_bytes=0, threads=32, hidden_params=0),
+            Cubin(symbol="count", image=b"\x7fELFdm3dp\0", shared_bytes=0, threads=32, hidden_params=0),
         )
         plan = add_cubins(plan, sm, images)
     return plan
