@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
 
 from calib.readers import SUFFIXES, read_points
 from dm3d_deploy.errors import FrameError, UsageError, nearest
 from dm3d_deploy.evaluation.camera import Camera, boxes_from_camera
 from dm3d_deploy.evaluation.kitti import DONT_CARE, KittiTruth
+from dm3d_deploy.evaluation.labels import FrameLabels
 from dm3d_deploy.geometry.boxes import points_in_boxes
 from dm3d_deploy.pointcloud import Boxes3D, PointCloud
 
@@ -55,14 +55,11 @@ class DatasetInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetFrame:
-    """One labelled frame. `all_around` tells labels on every side from labels within the camera's view only."""
+    """Points and labels of one frame."""
 
     name: str
     cloud: PointCloud
-    truth: KittiTruth
-    num_points: Int64[np.ndarray, " boxes"]
-    camera: Camera
-    all_around: bool
+    labels: FrameLabels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +91,8 @@ class LabelledFolder:
             counts = points_in_boxes(cloud.points[:, :3], truth.boxes).sum(axis=1)
         else:
             counts, truth = _with_objects(truth, self.root / OBJECTS / f"{name}.json")
-        return DatasetFrame(
-            name=name, cloud=cloud, truth=truth, num_points=counts, camera=camera, all_around=self.info is not None
-        )
+        labels = FrameLabels(truth=truth, num_points=counts, camera=camera, all_around=self.info is not None)
+        return DatasetFrame(name=name, cloud=cloud, labels=labels)
 
 
 def open_dataset(path: str | Path, names: Sequence[str] | None = None) -> LabelledFolder:

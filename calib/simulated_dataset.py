@@ -14,6 +14,7 @@ from calib.simulator.sensor import Sensor
 from dm3d_deploy.artifacts import write_bytes, write_json
 from dm3d_deploy.evaluation.camera import Camera, camera_from_boxes, image_boxes, projected_boxes
 from dm3d_deploy.evaluation.kitti import KittiTruth
+from dm3d_deploy.evaluation.labels import FrameLabels
 from dm3d_deploy.geometry.boxes import wrap_angle
 from dm3d_deploy.pointcloud import Boxes3D
 
@@ -50,14 +51,8 @@ def labelled_frame(frame: SimulatedFrame) -> DatasetFrame:
         occlusion=_occlusion(frame, sensor),
         dont_care_px=np.zeros((0, 4)),
     )
-    return DatasetFrame(
-        name=f"{frame.sensor} seed {frame.seed}",
-        cloud=frame.cloud,
-        truth=truth,
-        num_points=frame.num_points,
-        camera=camera,
-        all_around=True,
-    )
+    labels = FrameLabels(truth=truth, num_points=frame.num_points, camera=camera, all_around=True)
+    return DatasetFrame(name=f"{frame.sensor} seed {frame.seed}", cloud=frame.cloud, labels=labels)
 
 
 def rays_through(sensor: Sensor, boxes: Boxes3D) -> Int64[np.ndarray, " boxes"]:
@@ -111,7 +106,7 @@ def write_frame(root: Path, name: str, frame: SimulatedFrame) -> None:
     """Points, calibration, objects and last the labels of a frame: whoever finds labels finds the rest."""
     labelled = labelled_frame(frame)
     write_bytes(root / POINTS / f"{name}.bin", frame.cloud.points.astype("<f4").tobytes())
-    write_bytes(root / CALIB / f"{name}.txt", _calibration_text(labelled.camera).encode())
+    write_bytes(root / CALIB / f"{name}.txt", _calibration_text(labelled.labels.camera).encode())
     objects = {
         "seed": frame.seed,
         "num_points": frame.num_points.tolist(),
@@ -122,8 +117,8 @@ def write_frame(root: Path, name: str, frame: SimulatedFrame) -> None:
 
 
 def _label_text(frame: DatasetFrame) -> str:
-    truth = frame.truth
-    rows = camera_from_boxes(frame.camera, truth.boxes)
+    truth = frame.labels.truth
+    rows = camera_from_boxes(frame.labels.camera, truth.boxes)
     alpha = wrap_angle(rows[:, 6] - np.arctan2(rows[:, 3], rows[:, 5]))
     lines = []
     for index, word in enumerate(truth.types):
