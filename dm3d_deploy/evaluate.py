@@ -35,7 +35,7 @@ SEED_LIMIT = 1 << 40  # training draws from here on
 DEFAULT_FRAMES = 100
 RESULT_NAME, TEXT_NAME, PICTURE_NAME = "evaluation.json", "evaluation.txt", "precision_recall.png"
 SCHEMA = 1
-SHOWN = {"kitti": ("3d R40", "moderate"), "nuscenes": ("centre distance", None), "once": ("3d", None)}
+SHOWN = {"kitti": "3d R40", "nuscenes": "centre distance", "once": "3d"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +124,8 @@ def evaluate(
 
 def write_evaluation(out: Path, result: Evaluation) -> None:
     """Write evaluation.json, evaluation.txt and precision_recall.png into `out`, each whole."""
-    measure, subset = SHOWN[result.metric]
-    shown = [row for row in result.rows if row.measure == measure and subset in (None, row.subset)]
+    measure = SHOWN[result.metric]
+    shown = [row for row in result.rows if row.measure == measure]
     write_json(out / RESULT_NAME, result.as_json())
     write_bytes(out / TEXT_NAME, result.as_text().encode())
     draw_curves(out / PICTURE_NAME, shown, title=f"{result.subject} on {result.data}, {result.metric}, {measure}")

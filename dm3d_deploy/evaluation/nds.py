@@ -19,6 +19,7 @@ from dm3d_deploy.evaluation.nuscenes import (
     average_precision,
     by_falling_score,
     matched_objects,
+    precision_at,
     score_frames,
     within,
 )
@@ -79,11 +80,12 @@ def nuscenes_rows(
 ) -> tuple[ApRow, ...]:
     """AP of each class (mean of 0.5, 1, 2 and 4 m) within horizontal limits; the curve is that of 2 m."""
     rows = []
+    recall = np.linspace(0, 1, RECALLS)
     for label, name in enumerate(detections[0].class_names):
         pairs = _pairs(detections, truths, label, limits_m)
         objects = sum(len(truth) for _, _, truth in pairs)
         hits = {d: _matched(pairs, d) >= 0 for d in DISTANCES_M}
-        at_two = np.cumsum(hits[ERROR_DISTANCE_M]).astype(np.float64)
+        precision = precision_at(recall, hits[ERROR_DISTANCE_M], objects)
         ap = float(np.mean([average_precision(row, objects) for row in hits.values()])) if objects else None
         rows.append(
             ApRow(
@@ -92,8 +94,8 @@ def nuscenes_rows(
                 measure="centre distance",
                 objects=objects,
                 ap_percent=None if ap is None else 100 * ap,
-                recall=tuple((at_two / max(objects, 1)).tolist()),
-                precision=tuple((at_two / np.arange(1, len(at_two) + 1)).tolist()),
+                recall=tuple(recall.tolist()),
+                precision=tuple(precision.tolist()),
             )
         )
     return tuple(rows)

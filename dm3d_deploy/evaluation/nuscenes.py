@@ -100,16 +100,23 @@ def score_frames(
 def average_precision(hits: Bool[np.ndarray, " detections"], objects: int) -> float:
     """AP from hits in the order of falling scores.
 
-    Precision is read at 101 recalls by linear interpolation, 0 beyond the largest; recalls up to 0.1 are left out, and
-    precision counts above 0.1 (devkit: accumulate, calc_ap). Unlike VOC it is not made monotone.
+    Precision is read at 101 recalls; recalls up to 0.1 are left out, and precision counts above 0.1 (devkit: calc_ap).
     """
-    if not hits.any():
-        return 0.0
-    true = np.cumsum(hits).astype(np.float64)
-    precision = true / np.arange(1, len(hits) + 1)
-    at = np.interp(np.linspace(0, 1, RECALLS), true / objects, precision, right=0)
+    at = precision_at(np.linspace(0, 1, RECALLS), hits, objects)
     kept = at[round((RECALLS - 1) * MIN_RECALL) + 1 :] - MIN_PRECISION
     return float(np.maximum(kept, 0).mean() / (1 - MIN_PRECISION))
+
+
+def precision_at(
+    recalls: Float64[np.ndarray, " recalls"], hits: Bool[np.ndarray, " detections"], objects: int
+) -> Float64[np.ndarray, " recalls"]:
+    """Precision by linear interpolation, 0 beyond the largest recall; unlike VOC not made monotone (accumulate)."""
+    if not hits.any():
+        return np.zeros_like(recalls)
+    true = np.cumsum(hits).astype(np.float64)
+    precision = true / np.arange(1, len(hits) + 1)
+    at: Float64[np.ndarray, " recalls"] = np.interp(recalls, true / objects, precision, right=0)
+    return at
 
 
 def match_by_distance(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 100
-PANEL_PX = (460, 420)
+PANEL_PX = (440, 520)
 PALETTE = (
     *("#0b62d6", "#d1480f", "#8a2be2", "#00897b", "#b8860b"),
     *("#5d4037", "#d81b8c", "#2e9e2e", "#e01b24", "#0097c4"),
 )
 INK, MUTED, GRID = "#1c1f24", "#60666e", "#e3e6ea"
 NOTHING = "-"
+TITLE_CHARACTERS = 62  # across one panel
 
 
 def ap_text(rows: Sequence[ApRow]) -> str:
@@ -60,13 +63,15 @@ def curves_png(rows: Sequence[ApRow], *, title: str) -> bytes:
 
     subsets = tuple(dict.fromkeys(row.subset for row in rows))
     names = vulnerable_first(tuple(dict.fromkeys(row.class_name for row in rows)))
-    size = (PANEL_PX[0] * max(len(subsets), 1) / DPI, PANEL_PX[1] / DPI)
+    across = 2 if len(subsets) == 4 else min(len(subsets), 3)
+    down = math.ceil(len(subsets) / across)
+    size = (PANEL_PX[0] * across / DPI, PANEL_PX[1] * down / DPI)
     # The user's matplotlibrc must not change the picture, nor a dollar sign in a title start a formula.
     with style.context("default"), rc_context({"text.parse_math": False}):
         figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
-        figure.suptitle(title, fontsize=11, color=INK, fontweight="bold")
+        figure.suptitle("\n".join(textwrap.wrap(title, TITLE_CHARACTERS * across)), fontsize=10, color=INK)
         for place, subset in enumerate(subsets):
-            axes = figure.add_subplot(1, len(subsets), place + 1)
+            axes = figure.add_subplot(down, across, place + 1)
             shown = [row for row in rows if row.subset == subset and row.ap_percent is not None]
             _paint(axes, subset, sorted(shown, key=lambda row: names.index(row.class_name)), names)
         buffer = io.BytesIO()
@@ -89,6 +94,8 @@ def _paint(axes: Axes, subset: str, rows: Sequence[ApRow], names: Sequence[str])
         label = f"{row.class_name} {row.ap_percent:.1f} ({row.objects})"
         axes.plot(row.recall[:last], row.precision[:last], color=colour, linewidth=1.6, label=label)
     if rows:
-        axes.legend(fontsize=7.5, frameon=False, loc="lower left", labelcolor=INK)
+        axes.legend(
+            fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, labelcolor=INK
+        )
     else:
         axes.text(0.5, 0.5, "no object", ha="center", color=MUTED, fontsize=9)
