@@ -36,7 +36,7 @@ class FlaggedFrame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Precision (made monotone) and recall at `positions` + 1 steps of recall, 0 beyond what was reached."""
+    """Precision, made monotone, at evenly spaced steps of recall from 0 to 1; 0 beyond what was reached."""
 
     objects: int
     precision: Float64[np.ndarray, " steps"]
@@ -57,17 +57,15 @@ def precision_curve(frames: Sequence[FlaggedFrame], *, min_iou: float, positions
     """
     frames = [_without_absent(frame) for frame in frames]
     objects = sum(int(np.count_nonzero(frame.object_flag == COUNTED)) for frame in frames)
-    precision, recall = np.zeros(positions + 1), np.zeros(positions + 1)
+    precision, recall = np.zeros(positions + 1), np.linspace(0, 1, positions + 1)
     if not objects:
         return Curve(objects=0, precision=precision, recall=recall)
     scores = np.concatenate([_hit_scores(frame, min_iou) for frame in frames])
     thresholds = score_thresholds(scores, objects, positions, repeat=objects < repeat_below)
-    true, false, missed = np.sum([_counts(frame, thresholds, min_iou) for frame in frames], axis=0)
+    true, false = np.sum([_counts(frame, thresholds, min_iou) for frame in frames], axis=0)
     steps = len(thresholds)
     precision[:steps] = np.divide(true, true + false, out=np.zeros(steps), where=true + false > 0)
-    recall[:steps] = np.divide(true, true + missed, out=np.zeros(steps), where=true + missed > 0)
-    for curve in (precision, recall):
-        curve[:] = np.maximum.accumulate(curve[::-1])[::-1]
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
     return Curve(objects=objects, precision=precision, recall=recall)
 
 
@@ -120,11 +118,11 @@ def _hit_scores(frame: FlaggedFrame, min_iou: float) -> Float64[np.ndarray, " hi
 
 def _counts(
     frame: FlaggedFrame, thresholds: Float64[np.ndarray, " thresholds"], min_iou: float
-) -> Float64[np.ndarray, "3 thresholds"]:
-    """True positives, false positives and misses at each threshold."""
-    true, missed = np.zeros(len(thresholds)), np.zeros(len(thresholds))
+) -> Float64[np.ndarray, "2 thresholds"]:
+    """True and false positives at each threshold."""
+    true = np.zeros(len(thresholds))
     if not len(frame.scores):
-        return np.stack([true, true, missed + np.count_nonzero(frame.object_flag == COUNTED)])
+        return np.stack([true, true])
     free = frame.scores[None, :] >= thresholds[:, None]
     counted = frame.found_flag == COUNTED
     every = np.arange(len(thresholds))
@@ -134,8 +132,6 @@ def _counts(
         best = np.where(candidates, np.where(counted, 1.0 + row, 1.0), 0.0).argmax(axis=1)
         taken = candidates[every, best]
         if flag == COUNTED:
-            missed += ~taken
             true += taken & counted[best]
         free[every[taken], best[taken]] = False
-    false = (free & counted & ~frame.excused).sum(axis=1)
-    return np.stack([true, false, missed])
+    return np.stack([true, (free & counted & ~frame.excused).sum(axis=1)])
