@@ -22,15 +22,20 @@ LARGEST_LOGARITHM = 88.0  # exp of a float32 stays finite up to 88.7
 class Located:
     """Detections, each with the cell of the BEV map that it was read from: row * columns + column.
 
-    Cell and class name a candidate: two executions of one detector that mean the same box agree in both.
+    Cell and class name a candidate: two executions of one detector that mean the same box agree in both. `headings` are
+    the lengths of the vectors (cos, sin) that the yaws were read from: near 1 from a trained head, near 0 where the
+    network says nothing about the heading.
     """
 
     detections: Detections
     cells: Int64[np.ndarray, " boxes"]
+    headings: Float32[np.ndarray, " boxes"]
 
     def __post_init__(self) -> None:
-        if len(self.cells) != len(self.detections):
-            raise InternalError(f"{len(self.cells)} cells do not fit {len(self.detections)} detections")
+        if not len(self.cells) == len(self.headings) == len(self.detections):
+            raise InternalError(
+                f"{len(self.cells)} cells and {len(self.headings)} headings do not fit {len(self.detections)} detections"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +88,7 @@ def select_located(located: Located, index: Int64[np.ndarray, " chosen"]) -> Loc
         labels=whole.labels[index],
         class_names=whole.class_names,
     )
-    return Located(detections=chosen, cells=located.cells[index])
+    return Located(detections=chosen, cells=located.cells[index], headings=located.headings[index])
 
 
 def join_located(parts: Sequence[Located]) -> Located:
@@ -97,7 +102,11 @@ def join_located(parts: Sequence[Located]) -> Located:
     )
     scores, labels = np.concatenate([p.scores for p in found]), np.concatenate([p.labels for p in found])
     whole = Detections(boxes=boxes, scores=scores, labels=labels, class_names=found[0].class_names)
-    return Located(detections=whole, cells=np.concatenate([part.cells for part in parts]))
+    return Located(
+        detections=whole,
+        cells=np.concatenate([part.cells for part in parts]),
+        headings=np.concatenate([part.headings for part in parts]),
+    )
 
 
 def _suppressed(candidates: Located, post: PostConfig) -> Located:
@@ -131,7 +140,8 @@ def _decode_task(maps: Mapping[str, np.ndarray], task: int, config: DetectorConf
     )
     found = Detections(boxes=boxes, scores=scores, labels=names[class_of_task], class_names=config.class_names)
     cut = float(scores[-1]) if len(scores) == config.post.max_objects else None
-    return select_located(Located(detections=found, cells=cell), inside), cut
+    located = Located(detections=found, cells=cell, headings=np.hypot(cos, sin).astype(np.float32))
+    return select_located(located, inside), cut
 
 
 def _best_cells(hm: np.ndarray, count: int, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +17,7 @@ from dm3d_deploy.geometry.boxes import iou_bev_matrix, select_boxes, wrap_angle
 from dm3d_deploy.geometry.decode import Decoded, Located, join_located, select_located
 from dm3d_deploy.pointcloud import Detections
 
+MIN_HEADING = 0.1  # trained heads give about 1; fp16 errs by a few thousandths
 RANGE_EDGES_M = (0.0, 15.0, 30.0, 50.0, math.inf)
 LIMIT_OF = {
     "centre_delta_m": "centre_m",
@@ -180,8 +181,9 @@ def boxes_comparison(
 ) -> tuple[Comparison, Comparison]:
     """Judge the boxes of the same frames twice: "boxes before NMS" and "boxes", which are those that NMS kept.
 
-    Boxes of the same class and BEV cell are the same box; each must agree within the tolerances. A box that the other
-    side lacks is excused only if
+    Boxes of the same class and BEV cell are the same box; each must agree within the tolerances, but for the yaw where
+    the vector (cos, sin) it was read from is shorter than MIN_HEADING: an angle that rounding decides is no heading. A
+    box that the other side lacks is excused only if
     (1) its score lies within `tolerance.score` of the score threshold; or
     (2) the other side cut the list of its task at `max_objects`, and its score lies within `tolerance.score` of the
         lowest there; or, after NMS only,
@@ -207,13 +209,15 @@ def boxes_comparison(
 
 
 def _match_cells(reference: Located, candidate: Located) -> Matching:
-    """Pairs of the same class and cell."""
+    """Pairs of the same class and cell; their yaws are not held against each other where either has no heading."""
     a, b = reference.detections, candidate.detections
     key_a, key_b = (side.cells * len(a.class_names) + side.detections.labels for side in (reference, candidate))
     _, row, column = np.intersect1d(key_a, key_b, return_indices=True)
     order = np.argsort(row)
     missing, extra = np.setdiff1d(np.arange(len(a)), row), np.setdiff1d(np.arange(len(b)), column)
-    return _measured(a, b, np.stack([row[order], column[order]], axis=1), missing, extra)
+    matching = _measured(a, b, np.stack([row[order], column[order]], axis=1), missing, extra)
+    heading = np.minimum(reference.headings[matching.pairs[:, 0]], candidate.headings[matching.pairs[:, 1]])
+    return replace(matching, yaw_delta_rad=np.where(heading < MIN_HEADING, 0.0, matching.yaw_delta_rad))
 
 
 def _before_nms(a: Decoded, b: Decoded, tolerance: BoxTolerance, post: PostConfig, task_of_label: np.ndarray) -> _Frame:

@@ -202,8 +202,8 @@ def test_a_full_list_says_its_lowest_score_also_where_that_cell_is_outside_the_l
 def test_cells_that_do_not_fit_the_detections_are_a_bug_of_ours() -> None:
     config = config_of()
     nothing = detections_from_maps(silent_maps(config), config)
-    with pytest.raises(InternalError, match="1 cells do not fit 0 detections"):
-        Located(detections=nothing, cells=np.zeros(1, np.int64))
+    with pytest.raises(InternalError, match="1 cells and 0 headings do not fit 0 detections"):
+        Located(detections=nothing, cells=np.zeros(1, np.int64), headings=np.zeros(0, np.float32))
 
 
 def test_silence_gives_no_detections() -> None:

@@ -57,7 +57,11 @@ def side(*rows: Mapping[str, object], cuts: dict[str, float] | None = None) -> D
         return int(row.get("cell", 1000 * round(y) + round(x)))
 
     tasks = CONFIG.head.classes_by_task
-    whole = Located(detections=boxes(*rows), cells=np.array([cell(row) for row in rows], dtype=np.int64))
+    whole = Located(
+        detections=boxes(*rows),
+        cells=np.array([cell(row) for row in rows], dtype=np.int64),
+        headings=np.array([row.get("heading", 1.0) for row in rows], dtype=np.float32),
+    )
     kinds = [str(row.get("kind", "car")) for row in rows]
     return Decoded(
         before_nms=tuple(
@@ -354,3 +358,10 @@ def test_the_published_gap_of_a_tensorrt_port_is_reproduced(shared: Path) -> Non
     assert (round(min(scores), 2), round(max(scores), 2)) == (0.01, 0.32)
     assert [len(m.pairs) for m in found] == [9, 11, 15, 8, 18, 24]
     assert max(float(m.yaw_delta_rad.max()) for m in found) > 3  # a heading flip, which centres alone would not show
+
+
+def test_a_yaw_without_heading_is_no_evidence_either_way() -> None:
+    a, b = {"yaw": 0.3}, {"yaw": 0.9}
+    assert verdicts(side(a), side(b)) == (False, False)
+    assert verdicts(side({**a, "heading": 0.05}), side({**b, "heading": 0.2})) == (True, True)
+    assert verdicts(side({**a, "heading": 0.2}), side({**b, "heading": 0.2})) == (False, False)
