@@ -33,9 +33,8 @@ class Located:
 
     def __post_init__(self) -> None:
         if not len(self.cells) == len(self.headings) == len(self.detections):
-            raise InternalError(
-                f"{len(self.cells)} cells and {len(self.headings)} headings do not fit {len(self.detections)} detections"
-            )
+            found = f"{len(self.cells)} cells and {len(self.headings)} headings"
+            raise InternalError(f"{found} do not fit {len(self.detections)} detections")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
