@@ -1,6 +1,7 @@
 # make demo    install, then prune, export, build, verify, measure and report CenterPoint at 30 % of its multiplications
 # make test    install, then run the tests
-# make check   install, then run the linters, the types and the guards
+# make lint    install, then run the linters and the types
+# make check   lint, and the guards: tests of the sources, the packages and the pages
 # PYTHON=python3.12 chooses the interpreter, ARGS="-k curves" goes to pytest.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ ARGS ?=
 RUN := .venv/bin/python
 INSTALL = $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test check
+.PHONY: demo test lint check
 
 demo: .venv/.installed
 	.venv/bin/dm3d-deploy build --model centerpoint --target 0.3
@@ -16,10 +17,12 @@ demo: .venv/.installed
 test: .venv/.installed-for-tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
-check: .venv/.installed-for-tests
+lint: .venv/.installed-for-tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+check: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/guards $(ARGS)
 
 .venv/.installed: pyproject.toml constraints.txt | $(RUN)
