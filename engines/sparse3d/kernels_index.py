@@ -93,7 +93,7 @@ def enter_voxels(
 def ring_cutoff(
     rings_ptr, limit_ptr, report_ptr, status_ptr, count_word, capacity, ring_shift, cell_m, RINGS: tl.constexpr
 ):
-    """How many rings fit into the capacity: limit[0]. The first ring always does; its surplus goes by raster order.
+    """How many rings fit into the capacity: limit[0]. The first with cells always does; its surplus goes in raster order.
 
     Leaves the true count, how many cells are dropped (report[3]) and from which radius in metres on (report[4]).
     """
@@ -101,7 +101,9 @@ def ring_cutoff(
     cells = tl.load(rings_ptr + ring)
     within = tl.cumsum(cells, 0)
     total = tl.sum(cells, 0)
-    limit = tl.maximum(tl.sum((within <= capacity).to(tl.int32), 0), 1)
+    limit = tl.sum((within <= capacity).to(tl.int32), 0)
+    fits = tl.sum(tl.where(ring < limit, cells, 0), 0)
+    limit += ((fits == 0) & (total > 0)).to(tl.int32)
     kept = tl.minimum(tl.sum(tl.where(ring < limit, cells, 0), 0), capacity)
     tl.store(limit_ptr, limit)
     tl.store(report_ptr + count_word, total)
