@@ -93,7 +93,7 @@ def enter_voxels(
 def ring_cutoff(
     rings_ptr, limit_ptr, report_ptr, status_ptr, count_word, capacity, ring_shift, cell_m, RINGS: tl.constexpr
 ):
-    """How many rings fit into the capacity: limit[0]. The first with cells always does; its surplus goes in raster order.
+    """Leave in limit[0] how many rings fit. The first with cells always does; its surplus goes in raster order.
 
     Leaves the true count, how many cells are dropped (report[3]) and from which radius in metres on (report[4]).
     """

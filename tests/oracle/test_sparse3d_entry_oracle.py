@@ -37,7 +37,7 @@ def keys_of(cells, grid=GRID):
 
 
 def nearest(cells, capacity, sensor, shift):
-    """Whole rings while they fit, the first with cells in any case; returns which cells stay and the cut-off in cells."""
+    """Whole rings while they fit, the first with cells in any case: which cells stay, and the cut-off in cells."""
     squared = (2 * cells[:, 1] + 1 - sensor[0]) ** 2 + (2 * cells[:, 2] + 1 - sensor[1]) ** 2
     rings = squared // 2**shift
     limit = 0
