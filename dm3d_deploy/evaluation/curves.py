@@ -30,7 +30,9 @@ class FlaggedFrame:
 
     def __post_init__(self) -> None:
         objects, found = self.iou.shape
-        if not (len(self.object_flag) == objects and len(self.found_flag) == len(self.scores) == found):
+        if not (
+            len(self.object_flag) == objects and len(self.found_flag) == len(self.scores) == len(self.excused) == found
+        ):
             raise InternalError(f"flags do not fit overlaps of shape {self.iou.shape}")
 
 
