@@ -10,19 +10,17 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
+from calib.held_out import FIRST_TRAINING_SEED, model_labels, seen_objects
 from calib.simulator.frame import SimulatedFrame, simulate_frame
-from calib.simulator.objects import CLASS_NAMES
 from calib.simulator.sensor import sensor_named
 from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.errors import UsageError
-from dm3d_deploy.geometry.boxes import select_boxes, wrap_angle
+from dm3d_deploy.geometry.boxes import wrap_angle
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Boxes3D, PointCloud
 from dm3d_deploy.training.batch import Batch
 from dm3d_deploy.training.targets import TaskTargets, center_targets, collate
 
-# Seeds of frames to train on start here; every lower seed is free for evaluation.
-FIRST_TRAINING_SEED = 1 << 40
 MIN_POINTS = 3
 SMALL_M, LARGE_M = 25.6, 38.4
 LARGE_SHARE = 1 / 3
@@ -143,21 +141,6 @@ def _draw_frame(config: DetectorConfig, key: tuple[int, int, int]) -> LabelledFr
     return labelled(frame, config, min_points=MIN_POINTS)
 
 
-def model_labels(config: DetectorConfig) -> Int64[np.ndarray, " classes"]:
-    """For each class of the simulator its label in the model, -1 where the model does not know it.
-
-    Raises UsageError for a model with a class that the simulator does not draw.
-    """
-    strange = [name for name in config.class_names if name not in CLASS_NAMES]
-    if strange:
-        raise UsageError(
-            f"{config.name} detects {', '.join(strange)}, which no simulated scene holds.",
-            fix=f"use a model of {', '.join(CLASS_NAMES)}",
-        )
-    known = {name: label for label, name in enumerate(config.class_names)}
-    return np.array([known.get(name, -1) for name in CLASS_NAMES], dtype=np.int64)
-
-
 def labelled(frame: SimulatedFrame, config: DetectorConfig, *, min_points: int) -> LabelledFrame:
     """A simulated frame in the columns of a model, with its objects of at least `min_points` points."""
     rows = len(frame.cloud.points)
@@ -171,15 +154,6 @@ def labelled(frame: SimulatedFrame, config: DetectorConfig, *, min_points: int) 
         points[:, config.voxels.columns.index("intensity")] /= full_scale
     boxes, labels = seen_objects(frame, config, min_points=min_points)
     return LabelledFrame(points=points, boxes=boxes, labels=labels, full_scale=full_scale)
-
-
-def seen_objects(
-    frame: SimulatedFrame, config: DetectorConfig, *, min_points: int
-) -> tuple[Boxes3D, Int64[np.ndarray, " boxes"]]:
-    """The objects of classes that the model knows, with at least `min_points` points, labelled as the model does."""
-    labels = model_labels(config)[frame.labels]
-    seen = np.flatnonzero((frame.num_points >= min_points) & (labels >= 0))
-    return select_boxes(frame.boxes, seen), labels[seen]
 
 
 def _crop(

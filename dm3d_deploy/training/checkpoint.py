@@ -11,7 +11,7 @@ import torch
 from dm3d_deploy.artifacts import write_bytes
 from dm3d_deploy.errors import CheckpointError
 from dm3d_deploy.models.checkpoints import UNREADABLE, load_checkpoint, save_weights
-from dm3d_deploy.models.detector import Detector
+from dm3d_deploy.models.detector import Detector, prunable_layers
 
 STATE_NAME = "training.pth"
 WEIGHTS_NAME = "weights.safetensors"
@@ -54,3 +54,23 @@ def load_training(out: Path, detector: Detector, optimiser: torch.optim.Optimize
             f"{path} holds weights but no state of a training: {type(error).__name__} {error}.",
             fix="start from it with init instead of resume",
         ) from None
+
+
+def save_half(detector: Detector, path: Path) -> None:
+    """Write the weights for delivery: convolutions as float16, everything else (norms, biases, counters) as it is.
+
+    Raises CheckpointError when a weight is too large for float16.
+    """
+    import safetensors.torch
+
+    halves = {f"{layer.name}.weight" for layer in prunable_layers(detector)}
+    tensors = {}
+    for name, value in detector.state_dict().items():
+        kept = value.detach().cpu().contiguous()
+        tensors[name] = kept.half() if name in halves else kept
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise CheckpointError(
+                f"{name} holds a weight of {float(kept.abs().max()):g}, and float16 ends at 65504.",
+                fix="deliver the float32 weights",
+            )
+    write_bytes(path, safetensors.torch.save(tensors))

@@ -14,7 +14,7 @@ from dm3d_deploy.models.checkpoints import load_checkpoint
 from dm3d_deploy.models.detector import build_detector
 from dm3d_deploy.pointcloud import Boxes3D
 from dm3d_deploy.training.batch import Batch
-from dm3d_deploy.training.checkpoint import STATE_NAME, WEIGHTS_NAME, Progress
+from dm3d_deploy.training.checkpoint import STATE_NAME, WEIGHTS_NAME, Progress, save_half
 from dm3d_deploy.training.loop import COLUMN_SCALE, LOG_NAME, TrainSettings, raw_maps, train_detector
 from dm3d_deploy.training.schedule import OneCycle
 from dm3d_deploy.training.start import start_weights
@@ -206,3 +206,17 @@ def test_the_length_is_given_once_and_pauses_do_not_count() -> None:
     settings = TrainSettings(minutes=2.0)
     assert settings.share_done(Progress(step=10**6, active_s=60.0)) == 0.5
     assert settings.share_done(Progress(active_s=1e9)) == 1.0
+
+
+def test_delivered_weights_are_halves_that_load(tmp_path) -> None:
+    made, again = detector(), build_detector(CONFIG)
+    save_half(made, tmp_path / "half.safetensors")
+    load_checkpoint(again, tmp_path / "half.safetensors")
+    for name, value in made.state_dict().items():
+        found = again.state_dict()[name]
+        halved = value.half().float() if value.ndim > 1 else value
+        assert torch.equal(found, halved), name
+    with torch.no_grad():
+        made.backbone_2d.blocks[0][1].weight[0, 0, 0, 0] = 1e5
+    with pytest.raises(CheckpointError, match=r"backbone_2d.blocks.0.1.weight holds a weight of 100000, and float16"):
+        save_half(made, tmp_path / "large.safetensors")
