@@ -1,85 +1,214 @@
-"""How well a detector finds what simulated scenes hold that no training saw."""
+"""How well a run or a checkpoint detects: in labelled frames, or in simulated scenes that no training saw."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from calib.held_out import FIRST_SEED, held_out_frames
-from dm3d_deploy.config import DetectorConfig, load_config
-from dm3d_deploy.errors import require
-from dm3d_deploy.evaluation.nuscenes import NuscenesScore, Truth, score_frames
-from dm3d_deploy.geometry.decode import detections_from_maps
-from dm3d_deploy.geometry.voxelize import voxelize
+from calib.calibration_set import SENSOR_OF_DATASET
+from calib.dataset import DatasetFrame, open_dataset
+from calib.simulated_dataset import labelled_frame
+from calib.simulator import simulate_frame
+from calib.simulator.sensor import sensor_named
+from dm3d_deploy.artifacts import MANIFEST_NAME, write_bytes, write_json
+from dm3d_deploy.config import DetectorConfig, detector_names, load_config
+from dm3d_deploy.detect import load_run
+from dm3d_deploy.errors import UsageError, require
+from dm3d_deploy.evaluation.benchmarks import benchmark_scores, scored_classes
+from dm3d_deploy.evaluation.rows import ApRow
+from dm3d_deploy.held_out_score import detect_with
 from dm3d_deploy.pointcloud import Detections, PointCloud
+from dm3d_deploy.reporting.ap_tables import ap_text, draw_curves
 
-if TYPE_CHECKING:
-    from dm3d_deploy.models.detector import Detector
+SIMULATED = "simulated"
+EVALUATION_SEED = 900_000  # above the seeds of calibration with seed 0, below all others
+SEED_LIMIT = 1 << 40  # training draws from here on
+DEFAULT_FRAMES = 100
+RESULT_NAME, TEXT_NAME, PICTURE_NAME = "evaluation.json", "evaluation.txt", "precision_recall.png"
+SCHEMA = 1
+SHOWN = {"kitti": "3d R40", "nuscenes": "centre distance", "once": "3d"}
 
-Detect = Callable[[PointCloud], Detections]
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A row for each class, subset and measure, a summary, and what to know about them.
 
-def evaluate_checkpoint(
-    model: str,
-    checkpoint: Path | str,
-    *,
-    frames: int = 100,
-    sensor: str = "nuscenes32",
-    first_seed: int = FIRST_SEED,
-    advanced: Callable[[int, int], None] | None = None,
-) -> NuscenesScore:
-    """Centre-distance AP of a model with these weights on full simulated frames.
-
-    Raises what `detect_held_out` raises, and CheckpointError for weights that do not fit the model.
+    The summary's values are in percent, errors in m, rad and m/s; None where nothing could be counted.
     """
+
+    subject: str
+    data: str
+    metric: str
+    frames: int
+    rows: tuple[ApRow, ...]
+    summary: Mapping[str, float | None]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "schema": SCHEMA,
+            "subject": self.subject,
+            "data": self.data,
+            "metric": self.metric,
+            "frames": self.frames,
+            "summary": dict(self.summary),
+            "notes": list(self.notes),
+            "rows": [row.as_json() for row in self.rows],
+        }
+
+    def as_text(self) -> str:
+        """What was evaluated, the summary, the tables and the notes."""
+        values = ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in self.summary.items())
+        head = f"{self.subject} on {self.data}: {self.frames} frames, metric {self.metric}\n{values}\n\n"
+        return head + ap_text(self.rows) + "\n" + "".join(f"* {note}\n" for note in self.notes)
+
+
+def evaluate(
+    run_or_checkpoint: Path | str,
+    *,
+    data: Path | str = SIMULATED,
+    metric: str = "nuscenes",
+    frames: int | Sequence[str] | None = None,
+    out: Path | str | None = None,
+    variant: str = "pruned",
+    model: str | None = None,
+    sensor: str | None = None,
+    seed: int = EVALUATION_SEED,
+    advanced: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """AP by class, range and difficulty of a run's graphs (no torch) or of a checkpoint (torch).
+
+    `data` is a folder in KITTI's layout, or "simulated": the frames of `seed`, `seed` + 1, ... of `sensor`, by default
+    that of the model's data set. `frames` is how many (default: all of a folder, 100 simulated) or, of a folder, their
+    names. `variant` picks a run's graphs; `model` names a checkpoint's configuration where its weights fit no built-in
+    model. With `out` that folder gets evaluation.json, evaluation.txt and precision_recall.png. `advanced(done, total)`
+    is called after each frame.
+
+    Raises UsageError for an unknown metric, unusable settings, a model that shares no class with the metric and frames
+    that hold nothing to find, and what reading the run, the checkpoint and the data raises.
+    """
+    subject = _subject(Path(run_or_checkpoint), variant=variant, model=model)
+    scored_classes(metric, subject.config.class_names)  # refuses before the first frame
+    source = _source(data, frames, sensor=sensor, seed=seed, config=subject.config)
+    found, labels = [], []
+    for index in range(source.count):
+        frame = source.read(index)
+        found.append(subject.detect(frame.cloud))
+        labels.append(frame.labels)
+        if advanced is not None:
+            advanced(index + 1, source.count)
+    scores = benchmark_scores(metric, found, labels)
+    result = Evaluation(
+        subject=subject.label,
+        data=source.label,
+        metric=metric,
+        frames=source.count,
+        rows=scores.rows,
+        summary=scores.summary,
+        notes=scores.notes,
+    )
+    if out is not None:
+        write_evaluation(Path(out), result)
+    return result
+
+
+def write_evaluation(out: Path, result: Evaluation) -> None:
+    """Write evaluation.json, evaluation.txt and precision_recall.png into `out`, each whole."""
+    measure = SHOWN[result.metric]
+    shown = [row for row in result.rows if row.measure == measure]
+    write_json(out / RESULT_NAME, result.as_json())
+    write_bytes(out / TEXT_NAME, result.as_text().encode())
+    draw_curves(out / PICTURE_NAME, shown, title=f"{result.subject} on {result.data}, {result.metric}, {measure}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """What is evaluated."""
+
+    label: str
+    config: DetectorConfig
+    detect: Callable[[PointCloud], Detections]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where the frames come from."""
+
+    label: str
+    count: int
+    read: Callable[[int], DatasetFrame]
+
+
+def _subject(path: Path, *, variant: str, model: str | None) -> _Subject:
+    if path.is_dir() or path.name == MANIFEST_NAME:
+        root = path if path.is_dir() else path.parent
+        run = load_run(root, variant=variant)
+        trained = "" if run.manifest.trained else ", UNTRAINED"
+        return _Subject(
+            label=f"{root.name} ({run.config.name}, {variant}{trained})", config=run.config, detect=run.detect
+        )
     require("torch", extra="compile")
     from dm3d_deploy.models.checkpoints import load_checkpoint
     from dm3d_deploy.models.detector import build_detector
 
-    detector = build_detector(load_config(model))
-    load_checkpoint(detector, checkpoint)
-    found, truths = detect_held_out(
-        lambda cloud: detect_with(detector, cloud),
-        detector.config,
-        frames=frames,
-        sensor=sensor,
-        first_seed=first_seed,
-        advanced=advanced,
+    name = model if model is not None else _fitting_model(path)
+    detector = build_detector(load_config(name))
+    load_checkpoint(detector, path)
+    return _Subject(
+        label=f"{path.name} ({detector.config.name})",
+        config=detector.config,
+        detect=lambda cloud: detect_with(detector, cloud),
     )
-    return score_frames(found, truths)
 
 
-def detect_held_out(
-    detect: Detect,
-    config: DetectorConfig,
-    *,
-    frames: int = 100,
-    sensor: str = "nuscenes32",
-    first_seed: int = FIRST_SEED,
-    advanced: Callable[[int, int], None] | None = None,
-) -> tuple[list[Detections], list[Truth]]:
-    """What `detect` finds in held-out simulated frames, and what is there: both for `score_frames`.
+def _fitting_model(path: Path) -> str:
+    """The built-in model whose tensors have the checkpoint's names and numbers of values."""
+    from dm3d_deploy.models.checkpoints import read_tensors
+    from dm3d_deploy.models.detector import build_detector
 
-    `detect` may be the method of a deployed run. Raises UsageError for frames that cannot be drawn or that training
-    may have seen.
-    """
-    found, truths = [], []
-    for cloud, truth in held_out_frames(config, frames=frames, sensor=sensor, first_seed=first_seed):
-        found.append(detect(cloud))
-        truths.append(truth)
-        if advanced is not None:
-            advanced(len(found), frames)
-    return found, truths
+    sizes = {name: tensor.numel() for name, tensor in read_tensors(path).items()}
+    for name in detector_names():
+        state = build_detector(load_config(name)).state_dict()
+        if sizes == {key: tensor.numel() for key, tensor in state.items()}:
+            return name
+    raise UsageError(
+        f"{path} fits none of the models {', '.join(detector_names())}.",
+        fix="name its configuration: --model NAME or a YAML file",
+    )
 
 
-def detect_with(detector: Detector, cloud: PointCloud) -> Detections:
-    """Detections of one frame by a detector in memory, in eval mode."""
-    import torch
+def _source(
+    data: Path | str, frames: int | Sequence[str] | None, *, sensor: str | None, seed: int, config: DetectorConfig
+) -> _Source:
+    count = frames if isinstance(frames, int) else None
+    if count is not None and count < 1:
+        raise UsageError(f"{count} frames show nothing.", fix="use one frame or more")
+    if str(data) == SIMULATED:
+        if frames is not None and count is None:
+            raise UsageError("simulated frames have no names.", fix="give their number")
+        kind = sensor if sensor is not None else SENSOR_OF_DATASET.get(config.dataset, "nuscenes32")
+        return _simulated(kind, count or DEFAULT_FRAMES, seed)
+    if sensor is not None:
+        raise UsageError("a sensor was named for frames that lie on disk.", fix="leave the sensor out")
+    folder = open_dataset(data, None if frames is None or isinstance(frames, int) else tuple(frames))
+    if count is not None and count > len(folder.names):
+        raise UsageError(f"{data} holds {len(folder.names)} frames, not {count}.", fix="ask for fewer frames")
+    names = folder.names[:count]
+    return _Source(label=str(data), count=len(names), read=lambda index: folder.read(names[index]))
 
-    from dm3d_deploy.models.detector import tensors_from_voxels
 
-    features, coords = tensors_from_voxels(voxelize(cloud, detector.config.voxels))
-    with torch.inference_mode():
-        maps = detector(features, coords)
-    return detections_from_maps({name: value.numpy() for name, value in maps.items()}, detector.config)
+def _simulated(sensor: str, count: int, seed: int) -> _Source:
+    sensor_named(sensor)
+    if not 0 <= seed <= SEED_LIMIT - count:
+        raise UsageError(
+            f"training may have seen the frames of seed {seed} and after.",
+            fix=f"use seeds from 0 to {SEED_LIMIT - count}",
+        )
+    return _Source(
+        label=f"simulated {sensor} seeds {seed} to {seed + count - 1}",
+        count=count,
+        read=lambda index: labelled_frame(simulate_frame(seed + index, sensor=sensor)),
+    )

@@ -14,7 +14,7 @@ from calib.simulator.frame import simulate_frame
 from calib.training_frames import SimulatedCrops, Window, labelled
 from dm3d_deploy.config import config_from_text, load_config
 from dm3d_deploy.errors import StaleArtifact, UsageError
-from dm3d_deploy.evaluate import evaluate_checkpoint
+from dm3d_deploy.held_out_score import evaluate_checkpoint
 from dm3d_deploy.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
