@@ -74,9 +74,8 @@ def flags(frame, name, subset):
             objects.append(1 if o["type"] == BESIDE.get(name) else -1)
     for d in frame["found"]:
         flag = 0 if d["type"] == name else -1
-        if d["px"][3] - d["px"][1] < height:
-            flag = 1
-        elif flag == 0 and not near <= math.hypot(*d["box"][:2]) < far:
+        outside = flag == 0 and not near <= math.hypot(*d["box"][:2]) < far
+        if outside or d["px"][3] - d["px"][1] < height:
             flag = 1
         found.append(flag)
     return objects, found

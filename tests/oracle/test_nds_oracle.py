@@ -1,4 +1,4 @@
-"""NDS against numbers of the nuScenes devkit 1.2.0 (accumulate, calc_ap, calc_tp, DetectionMetrics) on made-up scenes."""
+"""NDS against numbers that the nuScenes devkit 1.2.0 gave (accumulate, calc_ap, calc_tp, DetectionMetrics)."""
 
 import numpy as np
 import pytest

@@ -138,8 +138,8 @@ def test_frames_are_not_mixed() -> None:
         kitti_rows([], [])
     with pytest.raises(InternalError, match="differ in number"):
         kitti_truth(ONE, ["Car", "Car"])
+    one = np.zeros(1, np.int64)
     with pytest.raises(InternalError, match="flags do not fit"):
-        one = np.zeros(1, np.int64)
         FlaggedFrame(iou=np.zeros((1, 2)), scores=np.zeros(1), object_flag=one, found_flag=one, excused=one > 0)
 
 
