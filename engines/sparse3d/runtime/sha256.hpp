@@ -1,0 +1,93 @@
+// SHA-256 (FIPS 180-4).
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace dm3d {
+
+using Digest = std::array<std::uint8_t, 32>;
+
+class Sha256 {
+ public:
+  void update(const void *data, std::size_t size) {
+    const auto *bytes = static_cast<const std::uint8_t *>(data);
+    total_ += size;
+    while (size > 0) {
+      if (filled_ == 0 && size >= sizeof block_) {
+        compress(bytes);
+        bytes += sizeof block_;
+        size -= sizeof block_;
+        continue;
+      }
+      const std::size_t room = sizeof block_ - filled_;
+      const std::size_t taken = size < room ? size : room;
+      std::memcpy(block_ + filled_, bytes, taken);
+      filled_ += taken;
+      bytes += taken;
+      size -= taken;
+      if (filled_ == sizeof block_) {
+        compress(block_);
+        filled_ = 0;
+      }
+    }
+  }
+
+  Digest finish() {
+    const std::uint64_t bits = total_ * 8;
+    static constexpr std::uint8_t padding[64] = {0x80};
+    update(padding, 1 + (119 - filled_) % 64);
+    std::uint8_t length[8];
+    for (int i = 0; i < 8; ++i) length[i] = static_cast<std::uint8_t>(bits >> (56 - 8 * i));
+    update(length, sizeof length);
+    Digest digest;
+    for (std::size_t i = 0; i < digest.size(); ++i)
+      digest[i] = static_cast<std::uint8_t>(state_[i / 4] >> (24 - 8 * (i % 4)));
+    return digest;
+  }
+
+ private:
+  static std::uint32_t turn(std::uint32_t x, int n) { return (x >> n) | (x << (32 - n)); }
+
+  void compress(const std::uint8_t *bytes) {
+    static constexpr std::uint32_t k[64] = {
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+        0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+        0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+        0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+        0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+        0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+        0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+    std::uint32_t w[64];
+    for (int i = 0; i < 16; ++i)
+      w[i] = std::uint32_t{bytes[4 * i]} << 24 | std::uint32_t{bytes[4 * i + 1]} << 16 |
+             std::uint32_t{bytes[4 * i + 2]} << 8 | std::uint32_t{bytes[4 * i + 3]};
+    for (int i = 16; i < 64; ++i) {
+      const std::uint32_t a = w[i - 15], b = w[i - 2];
+      w[i] = w[i - 16] + w[i - 7] + (turn(a, 7) ^ turn(a, 18) ^ (a >> 3)) + (turn(b, 17) ^ turn(b, 19) ^ (b >> 10));
+    }
+    std::uint32_t s[8];
+    std::memcpy(s, state_, sizeof s);
+    for (int i = 0; i < 64; ++i) {
+      const std::uint32_t first = s[7] + (turn(s[4], 6) ^ turn(s[4], 11) ^ turn(s[4], 25)) +
+                                  ((s[4] & s[5]) ^ (~s[4] & s[6])) + k[i] + w[i];
+      const std::uint32_t second = (turn(s[0], 2) ^ turn(s[0], 13) ^ turn(s[0], 22)) +
+                                   ((s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]));
+      std::memmove(s + 1, s, 7 * sizeof s[0]);
+      s[4] += first;
+      s[0] = first + second;
+    }
+    for (int i = 0; i < 8; ++i) state_[i] += s[i];
+  }
+
+  std::uint32_t state_[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                             0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  std::uint8_t block_[64] = {};
+  std::size_t filled_ = 0;
+  std::uint64_t total_ = 0;
+};
+
+}  // namespace dm3d
