@@ -1,0 +1,133 @@
+"""evaluate: a run without torch, a checkpoint with it, folders and simulated frames, files and refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calib.training_frames import FIRST_TRAINING_SEED
+from dm3d_deploy.config import load_config
+from dm3d_deploy.errors import CheckpointError, FrameError, UsageError
+from dm3d_deploy.evaluate import EVALUATION_SEED, SEED_LIMIT, evaluate
+from dm3d_deploy.models.checkpoints import save_weights
+from dm3d_deploy.models.detector import build_detector
+from dm3d_deploy.models.seeded import seed_weights
+from dm3d_deploy.simulate import simulate
+
+TINY = Path(__file__).parents[1] / "fixtures" / "centerpoint-tiny.yaml"
+SETTINGS = {"sensor": "hdl64", "frames": 2}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    detector = build_detector(load_config(TINY))
+    seed_weights(detector, 0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(detector, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("set") / "held-out"
+    simulate(root, sensor="hdl64", frames=2, seed=EVALUATION_SEED)
+    return root
+
+
+@pytest.mark.parametrize("metric", ["kitti", "nuscenes", "once"])
+def test_a_run_on_simulated_frames(tiny_run, tmp_path, metric: str) -> None:
+    told = []
+    result = evaluate(tiny_run, metric=metric, out=tmp_path / "out", advanced=lambda *s: told.append(s), **SETTINGS)
+    assert told == [(1, 2), (2, 2)]
+    assert (result.frames, result.metric) == (2, metric)
+    assert result.subject == "run (model, pruned, UNTRAINED)"
+    assert result.data == "simulated hdl64 seeds 900000 to 900001"
+    data = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert data == json.loads(json.dumps(result.as_json()))
+    assert set(data["rows"][0]) == {"class_name", "subset", "measure", "objects", "ap_percent", "recall", "precision"}
+    text = (tmp_path / "out" / "evaluation.txt").read_text()
+    assert text == result.as_text()
+    assert text.startswith("run (model, pruned, UNTRAINED) on simulated")
+    names = [line.split()[0].lower() for line in text.splitlines() if line and line.split()[0].isalpha()]
+    assert names.index("pedestrian") < names.index("car")
+    assert (tmp_path / "out" / "precision_recall.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_folder_gives_what_its_seeds_give(tiny_run, folder) -> None:
+    from_disk = evaluate(tiny_run, metric="kitti", data=folder)
+    simulated = evaluate(tiny_run, metric="kitti", **SETTINGS)
+    assert [(r.class_name, r.subset, r.measure, r.objects) for r in from_disk.rows] == [
+        (r.class_name, r.subset, r.measure, r.objects) for r in simulated.rows
+    ]
+    assert [r.ap_percent for r in from_disk.rows] == pytest.approx([r.ap_percent for r in simulated.rows], abs=0.5)
+    assert from_disk.data == str(folder)
+    assert evaluate(tiny_run, data=folder, frames=1).frames == 1
+    assert evaluate(tiny_run, data=folder, frames=["000001"]).frames == 1
+
+
+def test_a_checkpoint(weights, folder) -> None:
+    result = evaluate(weights, model=str(TINY), data=folder, metric="once")
+    assert result.subject == "tiny.safetensors (centerpoint-tiny)"
+    assert sum(row.objects for row in result.rows) > 10
+    with pytest.raises(UsageError, match=r"tiny.safetensors fits none of the models centerpoint, centerpoint-slim"):
+        evaluate(weights, data=folder)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        evaluate(weights.parent / "nothing.pth")
+
+
+def test_the_model_of_a_checkpoint_is_known_by_its_tensors(tmp_path) -> None:
+    from dm3d_deploy.evaluate import _fitting_model
+
+    detector = build_detector(load_config("centerpoint-slim"))
+    save_weights(detector, tmp_path / "slim.safetensors")
+    assert _fitting_model(tmp_path / "slim.safetensors") == "centerpoint-slim"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"metric": "waymo"}, "there is no metric 'waymo'"),
+        ({"frames": 0}, "0 frames show nothing"),
+        ({"frames": ["000000"]}, "simulated frames have no names"),
+        ({"sensor": "vlp16"}, "no simulated sensor 'vlp16'"),
+        ({"seed": -1}, "training may have seen the frames of seed -1"),
+        ({"seed": SEED_LIMIT, "frames": 1}, "training may have seen the frames"),
+        ({"data": "FOLDER", "sensor": "hdl64"}, "a sensor was named for frames that lie on disk"),
+        ({"data": "FOLDER", "frames": 3}, "holds 2 frames, not 3"),
+        ({"data": "FOLDER", "frames": ["000009"]}, "has no frame '000009'"),
+        ({"data": "nowhere"}, "nowhere is no labelled data set"),
+        ({"variant": "prune"}, "no variant 'prune'"),
+    ],
+)
+def test_refusals(tiny_run, folder, changes, words: str) -> None:
+    given = {key: str(folder) if value == "FOLDER" else value for key, value in changes.items()}
+    with pytest.raises(UsageError, match=words):
+        evaluate(tiny_run, **given)
+
+
+def test_missing_labels_are_told_before_the_first_frame(tiny_run, tmp_path, folder) -> None:
+    for part in ("velodyne", "calib"):
+        (tmp_path / part).symlink_to(folder / part)
+    told = []
+    with pytest.raises(FrameError, match=r"2 of 2 frames of .* have no labels, first label_2/000000.txt"):
+        evaluate(tiny_run, data=tmp_path, advanced=lambda *step: told.append(step))
+    assert told == []
+
+
+def test_held_out_seeds_are_none_of_training() -> None:
+    assert SEED_LIMIT == FIRST_TRAINING_SEED
+    assert EVALUATION_SEED == 900_000
+
+
+def test_a_run_is_evaluated_without_torch(tiny_run, folder) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from dm3d_deploy.evaluate import evaluate\n"
+        f"print(evaluate({str(tiny_run)!r}, data={str(folder)!r}, frames=1, metric='once').as_text())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "AP %, 3d" in done.stdout
