@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dm3d_deploy.errors import EngineError, InternalError
+from dm3d_deploy.errors import EngineError, InternalError, UsageError, nearest
 from engines.sparse3d.packing import Lifetime, aligned, place
 from engines.sparse3d.plan import (
     ELEMENT_BYTES,
@@ -122,6 +122,9 @@ class Assembly:
         report: Array, meta: Mapping[str, Any],
     ) -> Plan:  # fmt: skip
         """Pack the workspace, resolve the names and check the whole."""
+        for name in self.keep:
+            if name not in self.arrays:
+                raise UsageError(f"the plan has no array '{name}' to keep.", fix=nearest(name, self.arrays))
         blob, constant_buffers = packed_constants(self.constants)
         offsets, cleared_bytes, workspace_bytes, inside = self._packed()
         buffers = list(constant_buffers)

@@ -9,9 +9,9 @@ from engines.sparse3d.kernels_index import rank_lookup, rows_of
 @triton.jit
 def conv_tile_list(
     features_ptr, book_ptr, count_ptr, list_ptr, length_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, executed_ptr,
-    out_capacity, columns, first_column, layer,
+    out_capacity, columns, longest, first_column, layer,
     CIN: tl.constexpr, COUT: tl.constexpr, ROWS: tl.constexpr, TILE_IN: tl.constexpr, TILE_OUT: tl.constexpr,
-    LONGEST: tl.constexpr, RESIDUAL: tl.constexpr, COUNTED: tl.constexpr,
+    RESIDUAL: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """One layer: out = relu(sum over tiles of rows @ weight tile, + bias, + residual), one loop without a branch.
 
@@ -31,8 +31,9 @@ def conv_tile_list(
         sources = book_ptr + row
         inputs = features_ptr + channel_in[None, :]
         tiles = weight_ptr + channel_in[:, None] * TILE_OUT + channel_out[None, :]
+        entries = list_ptr + place * longest
         for j in range(length):
-            entry = tl.load(list_ptr + place * LONGEST + j)
+            entry = tl.load(entries + j)
             source = tl.load(sources + (entry & 31) * out_capacity, mask=mine, other=-1)
             start = source * CIN + ((entry >> 5) & 63) * TILE_IN
             values = tl.load(inputs + start[:, None], mask=(source >= 0)[:, None], other=0.0)

@@ -15,11 +15,13 @@ import numpy as np
 
 from dm3d_deploy.errors import EngineError, UsageError
 from engines.sparse3d.assembly import INT_LIMIT, Array, Assembly
+from engines.sparse3d.cost import cost_of
 from engines.sparse3d.entry import Frame, enter
 from engines.sparse3d.onnx_reader import ENTRY, Backbone, Convolution, Stage
 from engines.sparse3d.packing import TiledWeights, pitch_of, tiled_weights
-from engines.sparse3d.plan import Plan, PlanLayer, StatusWord
-from engines.sparse3d.shapes import DEVICE, KernelShapes, power_of_two, programs
+from engines.sparse3d.plan import ELEMENT_BYTES, Plan, PlanLayer, StatusWord
+from engines.sparse3d.shapes import DEVICE, MOST_BLOCKS, KernelShapes, power_of_two, programs
+from engines.sparse3d.sites import FrameStatistics
 
 Precision = Literal["fp16", "fp32"]
 NUMPY_OF = {"fp16": np.float16, "fp32": np.float32}
@@ -37,12 +39,14 @@ def plan_backbone(
     shapes: KernelShapes = DEVICE,
     keep: Sequence[str] = (),
     count_tiles: bool = False,
+    calibration: Sequence[FrameStatistics] = (),
 ) -> Plan:
     """The launch plan of one backbone; equal arguments give equal plans.
 
     `capacities` are rows per stage. `keep` names work arrays that are still there after the run: "STAGE.sites",
     "STAGE.count", "LAYER" (its features). `count_tiles` lets each convolution count the tiles it multiplies, in the
-    kept array "executed". UsageError for a stage without capacity, EngineError for a backbone that is too large.
+    kept array "executed". With `calibration` the plan's meta states its cost on those frames. UsageError for a stage
+    without capacity or an unknown array, EngineError for a backbone that is too large.
     """
     names = [stage.name for stage in backbone.stages]
     if sorted(capacities) != sorted(names) or min(capacities.values()) < 1:
@@ -55,7 +59,7 @@ def plan_backbone(
         raise EngineError(f"the grid of the stage {large[0]} has 2**31 cells or more.", fix="use larger cells")
     kept = (*keep, "executed") if count_tiles else tuple(keep)
     planner = _Planner(backbone, frame, capacities, precision, shapes, kept, count_tiles=count_tiles)
-    return planner.plan()
+    return planner.plan(calibration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class _Planner:
             make.cleared(f"{stage.name}.count", "i32", 1)
             make.work(f"{stage.name}.sites", "i32", self.capacities[stage.name])
 
-    def plan(self) -> Plan:
+    def plan(self, calibration: Sequence[FrameStatistics]) -> Plan:
         """Write all steps and close."""
         for layer in self.backbone.layers:
             self.tiled[layer.name] = tiled_weights(layer)
@@ -114,7 +118,7 @@ class _Planner:
         words += [StatusWord(name=stage.name, kind="count") for stage in self.backbone.stages]
         return self.assembly.close(
             capacities=self.capacities, layers=self._said_of_layers(), words=words, report=self.report,
-            meta=self._meta(),
+            meta=self._meta(calibration),
         )  # fmt: skip
 
     def _scan(self, stage: str, *, report: bool) -> None:
@@ -128,7 +132,7 @@ class _Planner:
         make.launch(
             "kernels_index.rank_prefix", [blocks], bits, sums, array(f"{stage}.prefix"), array(f"{stage}.count"),
             self.report, self.status, COUNTS_FROM + number, number, words, blocks, self.capacities[stage],
-            REPORT=report, BLOCK=block, BLOCKS=power_of_two(blocks),
+            REPORT=report, BLOCK=block, BLOCKS=MOST_BLOCKS,
         )  # fmt: skip
 
     def _down(self, stage: Stage) -> None:
@@ -209,9 +213,9 @@ class _Planner:
             [programs(rows, self.shapes.conv_rows), channels_out // tile_out],
             self.features[layer.source], book.pairs, make.array(f"{layer.stage_out}.count"), book.list, book.length,
             weight, bias, self.features[layer.adds] if layer.adds else out, out, self.executed,
-            rows, book.columns, book.first_column[layer.name], number,
+            rows, book.columns, book.longest, book.first_column[layer.name], number,
             CIN=channels_in, COUT=channels_out, ROWS=self.shapes.conv_rows, TILE_IN=tile_in, TILE_OUT=tile_out,
-            LONGEST=book.longest, RESIDUAL=bool(layer.adds), COUNTED=self.executed is not self.report,
+            RESIDUAL=bool(layer.adds), COUNTED=self.executed is not self.report,
         )  # fmt: skip
         self.features[layer.name] = out
 
@@ -237,8 +241,13 @@ class _Planner:
             for layer in self.backbone.layers
         ]  # fmt: skip
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self, calibration: Sequence[FrameStatistics]) -> dict[str, Any]:
+        cost = {}
+        if calibration:
+            size, rows = ELEMENT_BYTES[self.precision], self.shapes.conv_rows
+            cost = {"cost": cost_of(self.backbone, self.tiled, calibration, element_bytes=size, conv_rows=rows)}
         return {
+            **cost,
             "precision": self.precision,
             "conv_rows": self.shapes.conv_rows,
             "tile_shapes": {name: list(tiled.tile_shape) for name, tiled in self.tiled.items()},

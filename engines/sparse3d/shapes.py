@@ -23,7 +23,7 @@ class KernelShapes:
 
     def words(self, total: int) -> int:
         """Words per program of the scan, which sums up at most 1024 blocks."""
-        block = min(self.scan_words, power_of_two(total))
+        block = self.scan_words
         while programs(total, block) > MOST_BLOCKS:
             block *= 2
         return block
