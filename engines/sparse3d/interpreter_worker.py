@@ -189,6 +189,8 @@ def _place(plan: Plan, pointer: Pointer) -> list[Any]:
 
 def main() -> None:
     """Serve one request."""
+    # Triton would import torch to look for a GPU, which takes longer than many a run.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     request = json.load(sys.stdin)
     folder = Path(request["folder"])
     plan = decode_plan((folder / "plan").read_bytes())
