@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool
 
 from dm3d_deploy.errors import UsageError, nearest
 from dm3d_deploy.evaluation.camera import image_boxes
@@ -117,14 +118,20 @@ def _in_words(
     """Detections and labels in the metric's classes; those of other classes are left out."""
     detections, truths = [], []
     for one, frame in zip(found, labels, strict=True):
-        one = one if frame.all_around else _in_labelled_view(one, frame)
+        one = in_labelled_view(one, frame)
         own = _places([one.class_names[label] for label in one.labels], words, scored)
         kept = np.flatnonzero(own >= 0)
         detections.append(_chosen(one, kept, own[kept], tuple(scored)))
         own = _places(frame.truth.types, words, scored)
-        kept = np.flatnonzero((own >= 0) & (frame.num_points >= (MIN_POINTS if frame.all_around else 1)))
+        kept = np.flatnonzero((own >= 0) & visible(frame))
         truths.append(Truth(boxes=_labelled_boxes(frame, kept), labels=own[kept]))
     return detections, truths
+
+
+def visible(frame: FrameLabels) -> Bool[np.ndarray, " boxes"]:
+    """Which objects enough points fell on to be asked for: five simulated ones, one where people labelled."""
+    seen: np.ndarray = frame.num_points >= (MIN_POINTS if frame.all_around else 1)
+    return seen
 
 
 def _places(names: Sequence[str], words: Mapping[str, str], scored: Sequence[str]) -> np.ndarray:
@@ -141,7 +148,10 @@ def _labelled_boxes(frame: FrameLabels, kept: np.ndarray) -> Boxes3D:
     return Boxes3D(centre=boxes.centre, size=boxes.size, yaw=boxes.yaw, velocity=unknown)
 
 
-def _in_labelled_view(found: Detections, frame: FrameLabels) -> Detections:
+def in_labelled_view(found: Detections, frame: FrameLabels) -> Detections:
+    """Detections where somebody labelled: in the camera's view, outside DontCare areas; all of a simulated frame."""
+    if frame.all_around:
+        return found
     pixels = image_boxes(frame.camera, found.boxes)
     kept = np.flatnonzero((pixels[:, 3] > pixels[:, 1]) & ~inside_areas(pixels, frame.truth.dont_care_px, IN_DONT_CARE))
     return _chosen(found, kept, found.labels[kept], found.class_names)
