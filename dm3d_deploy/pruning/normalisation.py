@@ -8,10 +8,9 @@ alike:
 - box: sqrt(lambda_box / values) * box / deviation, raw box channels at the `count` (500) most confident cells of the
   frame over all tasks. A cell's confidence is the dense model's largest class logit of that task there, and the cell
   brings the box channels of its own task. `values` counts the numbers so selected: cells times channels. `deviation`
-  is, per task and channel, the dense model's standard deviation over those cells of the calibration frames, but never
-  below a tenth of the deviation over the cells of all tasks, lest a nearly silent channel outweigh the others. A task
-  with fewer than 30 such cells takes the deviation of all, and is named in `pooled`; a channel that never varies
-  anywhere keeps its own unit (m, rad, m/s), and its branch is named in `constant`.
+  is, per task and channel, the dense model's standard deviation over those cells of the calibration frames; a task
+  with fewer than 30 such cells takes the deviation over the cells of all tasks, and is named in `pooled`. It is never
+  less than LEAST_DEVIATION: a velocity that the model holds constant to a millimetre a second would otherwise rule all.
 
 The distortion of another model on that frame is ||dy||^2, at the cells that the dense model chose: 1 means an error
 as large as the output itself.
@@ -34,7 +33,9 @@ from dm3d_deploy.errors import FrameError, InternalError
 
 BOX_CELLS = 500
 MIN_TASK_CELLS = 30  # fewer do not make a standard deviation
-MIN_SHARE_OF_OVERALL = 0.1
+# Differences below these matter to nobody: cells of the map, m, logarithms of m, sine and cosine, m/s.
+LEAST_DEVIATION = {"center": 0.05, "center_z": 0.05, "dim": 0.02, "rot": 0.05, "vel": 0.1}
+LEAST_OF_OTHERS = 0.05
 
 Maps = Mapping[str, Float[np.ndarray, "1 channels height width"]]
 Cells = dict[int, Int64[np.ndarray, " cells"]]
@@ -49,7 +50,6 @@ class OutputScale:
     box_cells: int
     frames: int
     pooled: tuple[int, ...]
-    constant: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.box_cells < 1 or not self.box_deviation or not 0 < self.score_energy < math.inf:
@@ -67,14 +67,7 @@ class OutputScale:
     def from_json(cls, data: Mapping[str, Any]) -> OutputScale:
         """The inverse of `as_json`."""
         deviations = {name: np.asarray(values, dtype=np.float64) for name, values in data["box_deviation"].items()}
-        return cls(
-            **{
-                **data,
-                "box_deviation": deviations,
-                "pooled": tuple(data["pooled"]),
-                "constant": tuple(data["constant"]),
-            }
-        )
+        return cls(**{**data, "box_deviation": deviations, "pooled": tuple(data["pooled"])})
 
 
 def tasks_of(maps: Iterable[str]) -> tuple[int, ...]:
@@ -128,14 +121,13 @@ def output_scale(frames: Iterable[Maps], count: int = BOX_CELLS) -> OutputScale:
         raise FrameError(
             "The outputs cannot be scaled: there are no calibration frames.", fix="give at least one frame"
         )
-    deviation, pooled, constant = _deviations({name: np.concatenate(parts, axis=1) for name, parts in values.items()})
+    deviation, pooled = _deviations({name: np.concatenate(parts, axis=1) for name, parts in values.items()})
     return OutputScale(
         score_energy=math.fsum(energies) / len(energies),
         box_deviation=deviation,
         box_cells=count,
         frames=len(energies),
         pooled=pooled,
-        constant=constant,
     )
 
 
@@ -170,23 +162,14 @@ def _at(values: Float[np.ndarray, "1 channels height width"], cells: Int64[np.nd
 
 def _deviations(
     values: dict[str, Float64[np.ndarray, "channels cells"]],
-) -> tuple[dict[str, Float64[np.ndarray, " channels"]], tuple[int, ...], tuple[str, ...]]:
-    """Deviations by map, the tasks whose cells were too few, and the branches with a channel that never varies."""
-    branches = {name.split(".", 1)[1] for name in values}
-    everywhere = {
-        branch: np.concatenate([v for name, v in values.items() if name.split(".", 1)[1] == branch], axis=1).std(axis=1)
-        for branch in branches
-    }
+) -> tuple[dict[str, Float64[np.ndarray, " channels"]], tuple[int, ...]]:
+    """Deviation of each map's channels, no less than what its unit makes matter, and the tasks with too few cells."""
     deviations: dict[str, np.ndarray] = {}
     pooled: set[int] = set()
     for name, own in values.items():
         task, branch = name.split(".", 1)
-        overall = everywhere[branch]
         if own.shape[1] < MIN_TASK_CELLS:
             pooled.add(int(task))
-            found = overall
-        else:
-            found = np.maximum(own.std(axis=1), MIN_SHARE_OF_OVERALL * overall)
-        deviations[name] = np.where(overall > 0, found, 1.0)
-    constant = tuple(sorted(branch for branch, overall in everywhere.items() if not (overall > 0).all()))
-    return deviations, tuple(sorted(pooled)), constant
+            own = np.concatenate([other for key, other in values.items() if key.split(".", 1)[1] == branch], axis=1)
+        deviations[name] = np.maximum(own.std(axis=1), LEAST_DEVIATION.get(branch, LEAST_OF_OTHERS))
+    return deviations, tuple(sorted(pooled))

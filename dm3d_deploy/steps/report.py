@@ -283,7 +283,4 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
     if pooled:
         tasks = ", ".join(str(task) for task in pooled)
         warnings.append(f"tasks {tasks} had too few confident cells to scale their boxes; all tasks' cells were taken")
-    if found["output_scale"]["constant"]:
-        branches = ", ".join(found["output_scale"]["constant"])
-        warnings.append(f"the outputs {branches} have a channel that never varies; it was weighed in its own unit")
     return [*warnings, *found["latency"]["warnings"]]
