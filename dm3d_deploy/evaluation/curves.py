@@ -82,7 +82,7 @@ def score_thresholds(
     for index, score in enumerate(falling.tolist()):
         before = (index + 1) / objects
         after = (index + 2) / objects if index < last else before
-        if before + after < 2 * wanted and index < last:
+        if after - wanted < wanted - before and index < last:  # as KITTI writes it: ties are decided by rounding
             continue
         chosen.append(score)
         wanted += 1 / positions

@@ -6,7 +6,7 @@ from eval_sample import CAR, TALL_PX, WALKER, boxes, detections, forward_camera,
 
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.evaluation.camera import boxes_from_camera, camera_from_boxes, image_boxes, projected_boxes
-from dm3d_deploy.evaluation.curves import FlaggedFrame, score_thresholds
+from dm3d_deploy.evaluation.curves import FlaggedFrame, precision_curve, score_thresholds
 from dm3d_deploy.evaluation.kitti import found_in_view, kitti_rows
 from dm3d_deploy.geometry.boxes import iou_3d_matrix, iou_bev_matrix, wrap_angle
 
@@ -141,6 +141,17 @@ def test_frames_are_not_mixed() -> None:
     one = np.zeros(1, np.int64)
     with pytest.raises(InternalError, match="flags do not fit"):
         FlaggedFrame(iou=np.zeros((1, 2)), scores=np.zeros(1), object_flag=one, found_flag=one, excused=one > 0)
+
+
+@pytest.mark.parametrize(("iou", "expected"), [(0.5, 0.0), (0.5000001, 100.0)])
+def test_an_overlap_must_exceed_the_least(iou: float, expected: float) -> None:
+    zero = np.zeros(1, np.int64)
+    frame = FlaggedFrame(
+        iou=np.array([[iou]]), scores=np.ones(1), object_flag=zero, found_flag=zero, excused=np.zeros(1, dtype=bool)
+    )
+    curve = precision_curve([frame], min_iou=0.5, positions=40, repeat_below=41)
+    assert curve.ap_percent() == expected
+    assert curve.recall.tolist() == pytest.approx(np.arange(41) / 40)
 
 
 def test_thresholds_by_hand() -> None:
