@@ -129,8 +129,12 @@ def _in_words(
 
 
 def visible(frame: FrameLabels) -> Bool[np.ndarray, " boxes"]:
-    """Which objects enough points fell on to be asked for: five simulated ones, one where people labelled."""
-    seen: np.ndarray = frame.num_points >= (MIN_POINTS if frame.all_around else 1)
+    """Which objects are asked for: simulated ones of five points, else those in view that a point fell on."""
+    if frame.all_around:
+        seen: np.ndarray = frame.num_points >= MIN_POINTS
+        return seen
+    pixels = image_boxes(frame.camera, frame.truth.boxes)
+    seen = (frame.num_points >= 1) & (pixels[:, 3] > pixels[:, 1])
     return seen
 
 

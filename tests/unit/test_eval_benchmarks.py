@@ -94,6 +94,9 @@ def test_what_people_did_not_label_is_no_mistake(metric: str, name: str) -> None
     assert any("in the camera's view only" in note for note in scores.notes)
     wrong = detections([nothing, OBJECTS[0]], [0, 0], [0.9, 0.7], NAMES)
     assert ap(benchmark_scores(metric, [wrong], [frame]), name, subset) < 60
+    around = labels([OBJECTS[0], behind], ["Car", "Car"], all_around=False, areas=areas)
+    if metric != "kitti":  # whose labels say themselves what the image shows
+        assert ap(benchmark_scores(metric, [found], [around]), name) == pytest.approx(100.0)
     if metric != "kitti":  # simulated frames are labelled on every side
         assert ap(benchmark_scores(metric, [found], [labels(OBJECTS[:1], ["Car"])]), name) < 60
 
