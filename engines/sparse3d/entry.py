@@ -14,6 +14,7 @@ from engines.sparse3d.packing import pitch_of
 from engines.sparse3d.shapes import KernelShapes, power_of_two, programs
 
 RINGS = 4096
+MOST_POINTS = (1 << 19) - 1  # more could overflow the fixed-point sums of one cell
 Six = tuple[float, float, float, float, float, float]
 
 
@@ -123,6 +124,10 @@ def _check(frame: Frame, backbone: Backbone) -> None:
         raise UsageError(
             f"a frame of {frame.rows} rows on {sizes} cells does not fit the backbone's grid {(depth, height, width)}.",
             fix="use the config of the detector that was exported",
+        )
+    if frame.points and frame.rows > MOST_POINTS:
+        raise UsageError(
+            f"a frame of {frame.rows} points may overflow the sums of a cell.", fix=f"take {MOST_POINTS} at most"
         )
     if frame.voxel_size_m[0] != frame.voxel_size_m[1]:
         raise UsageError(

@@ -5,8 +5,8 @@ import triton.language as tl
 
 from engines.sparse3d.kernels_index import mark_cells, rank_lookup, rows_of
 
-SCALE: tl.constexpr = tl.constexpr(16777216.0)  # 2 ** 24: half a bit of it is 3e-8
-LARGEST: tl.constexpr = tl.constexpr(1048576.0)  # 2 ** 20 leaves room for 2 ** 19 points in one cell
+SCALE: tl.constexpr = tl.constexpr(16777216.0)  # 2 ** 24: the last bit is 6e-8
+LARGEST: tl.constexpr = tl.constexpr(1048576.0)  # 2 ** 20 leaves room for fewer than 2 ** 19 points
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def enter_points(
 ):  # fmt: skip
     """Points f32[rows, columns] (x, y, z first) -> key i32[rows] of each point's cell, -1 for points without one.
 
-    report[0] += points outside the grid, report[2] += points with a value that is not finite.
+    report[0] += points outside the grid, report[2] += points with a value that is not finite or beyond LARGEST.
     """
     n = rows_of(count_ptr, rows)
     if tl.program_id(0) * BLOCK < n:
@@ -34,7 +34,7 @@ def enter_points(
         column = tl.arange(0, PITCH)
         here = mine[:, None] & (column < columns)[None, :]
         values = tl.load(points_ptr + row[:, None] * columns + column[None, :], mask=here, other=0.0)
-        strange = mine & (tl.max((tl.abs(values) < float("inf")).to(tl.int32) ^ 1, 1) > 0)
+        strange = mine & (tl.max((tl.abs(values) <= LARGEST).to(tl.int32) ^ 1, 1) > 0)
         x = axis_cell(points_ptr, row, mine & (strange == 0), 0, columns, grid_ptr)
         y = axis_cell(points_ptr, row, mine & (strange == 0), 1, columns, grid_ptr)
         z = axis_cell(points_ptr, row, mine & (strange == 0), 2, columns, grid_ptr)
@@ -68,7 +68,7 @@ def sum_points(
         column = tl.arange(0, PITCH)
         here = found[:, None] & (column < columns)[None, :]
         values = tl.load(points_ptr + row[:, None] * columns + column[None, :], mask=here, other=0.0)
-        fixed = (tl.minimum(tl.maximum(values, -LARGEST), LARGEST) * SCALE).to(tl.int64)
+        fixed = (values * SCALE).to(tl.int64)
         tl.atomic_add(sums_ptr + rank[:, None] * columns + column[None, :], fixed, mask=here, sem="relaxed")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ from engines.sparse3d.onnx_reader import read_backbone
 from engines.sparse3d.packing import Lifetime, pitch_of, place, tiled_weights
 from engines.sparse3d.plan import Launch, Memset, Pointer
 from engines.sparse3d.plan_file import decode_plan, encode_plan
-from engines.sparse3d.planner import plan_backbone
+from engines.sparse3d.planner import calibrated_plan, plan_backbone
 from engines.sparse3d.shapes import DEVICE
 from engines.sparse3d.sites import capacities_from, frame_statistics, predicted_tiles, stage_sites
 from exporters.backbone3d import backbone_model
@@ -194,6 +195,18 @@ def test_capacities_come_from_the_frames(backbone, coords):
         capacities_from([many], margin=0.5, max_voxels=10)
 
 
+def test_one_call_plans_a_file_for_its_calibration_frames(detector, coords, tmp_path):
+    exported(detector, tmp_path, 1000)
+    path, frame = tmp_path / "backbone3d.onnx", voxel_frame(detector, 1000)
+    plan = calibrated_plan(path, frame=frame, coords=[coords, coords[:9]], margin=2, capacities={"out": 7})
+    assert plan.capacities["input"] == 1000
+    assert plan.capacities["out"] == 7
+    assert plan.capacities["stage2_down"] % 64 == 0
+    assert plan.meta["cost"]["frames"] == 2
+    with pytest.raises(UsageError, match=r"no stage 'outer'.*'out'"):
+        calibrated_plan(path, frame=frame, coords=[coords], capacities={"outer": 7})
+
+
 def test_sites_are_those_of_a_dense_mask(backbone, coords):
     sites = stage_sites(backbone, np.concatenate([coords, [[0, -1, 0, 0], [0, 0, 0, 128]]]))
     mask = np.zeros((41, 128, 128), np.bool_)
@@ -229,6 +242,10 @@ def test_a_pruned_tile_is_predicted_to_cost_nothing(tmp_path):
         ({"keep": ("input.site",)}, "no array 'input.site' to keep"),
         ({"frame": plain_frame((41, 128, 100), 10)}, "does not fit the backbone's grid"),
         ({"frame": plain_frame((41, 128, 128), 0)}, "a frame of 0 rows"),
+        (
+            {"frame": replace(plain_frame((41, 128, 128), 2**19), points=True)},
+            "524288 points may overflow the sums of a cell",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(backbone, detector, change, words):
