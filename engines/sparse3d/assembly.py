@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -127,14 +127,7 @@ class Assembly:
                 raise UsageError(f"the plan has no array '{name}' to keep.", fix=nearest(name, self.arrays))
         blob, constant_buffers = packed_constants(self.constants)
         offsets, cleared_bytes, workspace_bytes, inside = self._packed()
-        buffers = list(constant_buffers)
-        if cleared_bytes:
-            buffers.append(Buffer(name=CLEARED, offset=offsets[CLEARED], bytes=cleared_bytes, kind="workspace"))
-        for array, kind in self.arrays.values():
-            if kind == "work":
-                buffers.append(Buffer(name=array.name, offset=offsets[array.name], bytes=array.bytes, kind="workspace"))
-            elif kind in ("input", "output"):
-                buffers.append(Buffer(name=array.name, offset=0, bytes=array.bytes, kind=_bound(kind)))
+        buffers = [*constant_buffers, *self._buffers(offsets, cleared_bytes)]
         index = {buffer.name: number for number, buffer in enumerate(buffers)}
         pointers = {name: Pointer(index[CLEARED], start) for name, start in inside.items()}
         pointers |= {name: Pointer(index[name]) for name in self.arrays if name not in inside}
@@ -168,6 +161,15 @@ class Assembly:
                 },
             },
         )  # fmt: skip
+
+    def _buffers(self, offsets: Mapping[str, int], cleared_bytes: int) -> Iterator[Buffer]:
+        if cleared_bytes:
+            yield Buffer(name=CLEARED, offset=offsets[CLEARED], bytes=cleared_bytes, kind="workspace")
+        for array, kind in self.arrays.values():
+            if kind == "work":
+                yield Buffer(name=array.name, offset=offsets[array.name], bytes=array.bytes, kind="workspace")
+            elif kind in ("input", "output"):
+                yield Buffer(name=array.name, offset=0, bytes=array.bytes, kind=_bound(kind))
 
     def _bindings(self, kind: str, index: Mapping[str, int]) -> tuple[Binding, ...]:
         return tuple(
