@@ -12,11 +12,12 @@ from calib.dataset import DatasetFrame, open_dataset
 from calib.simulated_dataset import labelled_frame
 from calib.simulator import simulate_frame
 from calib.simulator.sensor import sensor_named
-from dm3d_deploy.artifacts import MANIFEST_NAME, write_bytes, write_json
+from dm3d_deploy.artifacts import MANIFEST_NAME, disk_errors, write_bytes, write_json
 from dm3d_deploy.config import DetectorConfig, detector_names, load_config
 from dm3d_deploy.detect import load_run
 from dm3d_deploy.errors import UsageError, require
 from dm3d_deploy.evaluation.benchmarks import benchmark_scores, scored_classes
+from dm3d_deploy.evaluation.labels import FrameLabels
 from dm3d_deploy.evaluation.rows import ApRow
 from dm3d_deploy.held_out_score import detect_with
 from dm3d_deploy.pointcloud import Detections, PointCloud
@@ -93,14 +94,10 @@ def evaluate(
     subject = _subject(Path(run_or_checkpoint), variant=variant, model=model)
     scored_classes(metric, subject.config.class_names)  # refuses before the first frame
     source = _source(data, frames, sensor=sensor, seed=seed, config=subject.config)
-    found, labels = [], []
-    for index in range(source.count):
-        frame = source.read(index)
-        found.append(subject.detect(frame.cloud))
-        labels.append(frame.labels)
-        if advanced is not None:
-            advanced(index + 1, source.count)
-    scores = benchmark_scores(metric, found, labels)
+    if out is not None:
+        with disk_errors(Path(out)):  # before the work, not after it
+            Path(out).mkdir(parents=True, exist_ok=True)
+    scores = benchmark_scores(metric, *_detected(subject, source, advanced))
     result = Evaluation(
         subject=subject.label,
         data=source.label,
@@ -113,6 +110,20 @@ def evaluate(
     if out is not None:
         write_evaluation(Path(out), result)
     return result
+
+
+def _detected(
+    subject: _Subject, source: _Source, advanced: Callable[[int, int], None] | None
+) -> tuple[list[Detections], list[FrameLabels]]:
+    """Detections and labels of every frame; points are let go."""
+    found, labels = [], []
+    for index in range(source.count):
+        frame = source.read(index)
+        found.append(subject.detect(frame.cloud))
+        labels.append(frame.labels)
+        if advanced is not None:
+            advanced(index + 1, source.count)
+    return found, labels
 
 
 def write_evaluation(out: Path, result: Evaluation) -> None:

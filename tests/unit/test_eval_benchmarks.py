@@ -97,7 +97,7 @@ def test_what_people_did_not_label_is_no_mistake(metric: str, name: str) -> None
     around = labels([OBJECTS[0], behind], ["Car", "Car"], all_around=False, areas=areas)
     if metric != "kitti":  # whose labels say themselves what the image shows
         assert ap(benchmark_scores(metric, [found], [around]), name) == pytest.approx(100.0)
-    if metric != "kitti":  # simulated frames are labelled on every side
+        # Simulated frames are labelled on every side.
         assert ap(benchmark_scores(metric, [found], [labels(OBJECTS[:1], ["Car"])]), name) < 60
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from calib.training_frames import FIRST_TRAINING_SEED
 from dm3d_deploy.config import load_config
-from dm3d_deploy.errors import CheckpointError, FrameError, UsageError
+from dm3d_deploy.errors import CheckpointError, Dm3dError, FrameError, UsageError
 from dm3d_deploy.evaluate import EVALUATION_SEED, SEED_LIMIT, evaluate
 from dm3d_deploy.models.checkpoints import save_weights
 from dm3d_deploy.models.detector import build_detector
@@ -114,6 +114,14 @@ def test_missing_labels_are_told_before_the_first_frame(tiny_run, tmp_path, fold
     told = []
     with pytest.raises(FrameError, match=r"2 of 2 frames of .* have no labels, first label_2/000000.txt"):
         evaluate(tiny_run, data=tmp_path, advanced=lambda *step: told.append(step))
+    assert told == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_frame(tiny_run, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    told = []
+    with pytest.raises(Dm3dError, match="could not be written: a parent is a file"):
+        evaluate(tiny_run, out=tmp_path / "file" / "out", advanced=lambda *step: told.append(step), **SETTINGS)
     assert told == []
 
 
