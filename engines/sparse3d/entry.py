@@ -58,9 +58,10 @@ def enter(
     histogram = make.cleared("entry.rings", "i32", RINGS) if rings else report
     place = (height, width, *frame.sensor_yx, frame.ring_shift())
     key, grid = make.work("entry.keys", "i32", rows), [programs(rows, shapes.entry_rows)]
+    values = make.binding("input", "points" if frame.points else "features", "fp32", rows, backbone.columns)
+    coords = None if frame.points else make.binding("input", "coords", "i32", rows, 4)
     count = make.binding("input", "count", "i32", 1)
-    if frame.points:
-        values = make.binding("input", "points", "fp32", rows, backbone.columns)
+    if coords is None:
         low_and_size = np.array([*frame.point_range_m[:3], *frame.voxel_size_m], np.float32)
         make.launch(
             "kernels_points.enter_points", grid, values, count, make.constant("entry.grid", low_and_size), key, bits,
@@ -68,8 +69,6 @@ def enter(
             RINGS=rings, PITCH=power_of_two(backbone.columns), BLOCK=shapes.entry_rows,
         )  # fmt: skip
     else:
-        values = make.binding("input", "features", "fp32", rows, backbone.columns)
-        coords = make.binding("input", "coords", "i32", rows, 4)
         make.launch(
             "kernels_index.enter_voxels", grid, coords, count, key, bits, histogram, report, rows, depth, *place,
             RINGS=rings, BLOCK=shapes.entry_rows,

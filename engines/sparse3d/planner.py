@@ -118,6 +118,8 @@ class _Planner:
         self.features: dict[str, Array] = {}
         make = self.assembly
         self.report = make.cleared("report", "i32", COUNTS_FROM + len(backbone.stages))
+        # in the order of the ONNX node's outputs, as a plugin binds them
+        self.bev = make.binding("output", "bev", precision, *backbone.bev_shape)
         self.status = make.binding("output", "status", "i32", len(backbone.stages))
         self.executed = make.cleared("executed", "i32", len(backbone.layers)) if count_tiles else self.report
         for stage in backbone.stages:
@@ -251,15 +253,14 @@ class _Planner:
         self.features[layer.name] = out
 
     def _bev(self) -> None:
-        make, layer, shape = self.assembly, self.backbone.layers[-1], self.backbone.bev_shape
+        make, layer = self.assembly, self.backbone.layers[-1]
         depth, height, width = self.backbone.stage(layer.stage_out).grid
         channels, cells = len(layer.bias), self.shapes.bev_cells
-        bev = make.binding("output", "bev", self.precision, *shape)
         block = min(BEV_CHANNELS, power_of_two(channels))
         make.launch(
             "kernels_conv.to_bev", [programs(height * width, cells), depth, programs(channels, block)],
             self.features[layer.name], make.array(f"{layer.stage_out}.bits"),
-            make.array(f"{layer.stage_out}.prefix"), bev, self.capacities[layer.stage_out], depth, height * width,
+            make.array(f"{layer.stage_out}.prefix"), self.bev, self.capacities[layer.stage_out], depth, height * width,
             channels, PITCH=pitch_of(channels), CHANNELS=block, BLOCK=cells,
         )  # fmt: skip
 
