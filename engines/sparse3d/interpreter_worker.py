@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ class Address:
         return ()
 
     stride = size
+
+
+class WithoutTorch(MetaPathFinder):
+    """Triton would import torch to look for a GPU, which takes longer than many a run."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Torch is absent, all else is for others to find."""
+        if name == "torch":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 
 class Memory:
@@ -189,8 +199,7 @@ def _place(plan: Plan, pointer: Pointer) -> list[Any]:
 
 def main() -> None:
     """Serve one request."""
-    # Triton would import torch to look for a GPU, which takes longer than many a run.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.meta_path.insert(0, WithoutTorch())
     request = json.load(sys.stdin)
     folder = Path(request["folder"])
     plan = decode_plan((folder / "plan").read_bytes())
