@@ -1,8 +1,9 @@
 """Plan -> machine code for in-vehicle GPUs, on a machine without one: one child process per architecture.
 
-The bytes depend on the plan, the kernels and the compiler alone: no line information, no cache, PTX versions pinned,
-and no environment variable of the compiler reaches a child. A kernel that spills, wants scratch memory, or wants more
-shared memory than the architecture has is refused. What was built here was not run here.
+The bytes depend on the plan, the kernels and the compiler alone: no line information, no cache, PTX versions pinned, no
+environment variable of the compiler reaches a child, and addresses are fixed where the system allows it ("reproducible"
+in the resource table), as the assembler for sm_100 and sm_110 orders symbols by them. A kernel that spills, wants
+scratch memory, or wants more shared memory than the architecture has is refused. What was built here was not run here.
 """
 
 from __future__ import annotations
@@ -86,7 +87,13 @@ def compile_plan(
         plan = add_cubins(plan, sm, cubins)
         rows += resources
     targets = {f"sm_{sm}": {"ptx_version": TARGETS[sm].ptx_version, "cuda": TARGETS[sm].cuda} for sm in sms}
-    return plan, {"triton": triton.__version__, "standing": "built, not run here", "targets": targets, "kernels": rows}
+    return plan, {
+        "triton": triton.__version__,
+        "standing": "built, not run here",
+        "reproducible": all(row["fixed_addresses"] for row in rows),
+        "targets": targets,
+        "kernels": rows,
+    }
 
 
 def _compiled(plan: Plan, sm: int, package: str, timeout_s: float) -> tuple[list[Cubin], list[dict[str, Any]]]:

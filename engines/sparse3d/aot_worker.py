@@ -6,6 +6,7 @@ It reads a request as JSON on standard input: package (of the kernels), sm, ptx_
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 from dm3d_deploy.errors import require
 
+ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _ENTRY = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
 
@@ -25,10 +27,12 @@ def main() -> None:
     """Serve one request."""
     request = json.load(sys.stdin)
     folder = Path(request["folder"])
+    # ptxas of CUDA 13.1 orders symbols of sm_100 and sm_110 by their addresses; a sandbox may forbid to fix these.
+    fixed = ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE) != -1
     with (folder / "answer.jsonl").open("w", encoding="utf-8", buffering=1) as answer:
         for index, kernel in enumerate(request["kernels"]):
             cubin = folder / f"{index}.cubin"
-            answer.write(json.dumps(_compile(request, kernel, cubin)) + "\n")
+            answer.write(json.dumps({**_compile(request, kernel, cubin), "fixed_addresses": fixed}) + "\n")
 
 
 def _compile(request: Mapping[str, Any], kernel: Mapping[str, Any], cubin: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ It is built with the address and undefined-behaviour sanitizers and with warning
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import struct
@@ -41,16 +42,21 @@ class Launched:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runtime")
+    """Built once for all workers of a run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runtime"
+    folder.mkdir(exist_ok=True)
     headers = RUNTIME / "testing" / "tensorrt"
     options = ["-DDM3D_TESTS=ON", "-DDM3D_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=None", f"-DTENSORRT_ROOT={headers}"]
-    for command in (
-        ["cmake", "-S", str(RUNTIME), "-B", str(folder), *options],
-        ["cmake", "--build", str(folder), "--parallel", "2"],
-    ):
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert made.returncode == 0, made.stdout + made.stderr
-        assert "warning" not in made.stdout + made.stderr
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", str(RUNTIME), "-B", str(folder), *options],
+            ["cmake", "--build", str(folder), "--parallel", "2"],
+        ):
+            made = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert made.returncode == 0, made.stdout + made.stderr
+            assert "warning" not in made.stdout + made.stderr
     return folder
 
 

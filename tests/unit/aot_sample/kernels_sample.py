@@ -22,6 +22,17 @@ def crowded(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def product(x_ptr, weight_ptr, out_ptr, steps, SIZE: tl.constexpr):
+    row = tl.arange(0, SIZE)
+    place = row[:, None] * SIZE + row[None, :]
+    total = tl.zeros([SIZE, SIZE], tl.float32)
+    for step in range(steps):
+        offset = place + step * SIZE * SIZE
+        total = tl.dot(tl.load(x_ptr + offset), tl.load(weight_ptr + offset), total)
+    tl.store(out_ptr + place, total.to(tl.float16))
+
+
+@triton.jit
 def wrong(x_ptr, out_ptr):
     tl.store(out_ptr, tl.load(x_ptr) + no_such_name)  # noqa: F821
 
