@@ -13,6 +13,7 @@ from dm3d_deploy.artifacts import digest_of_file
 from dm3d_deploy.doctor import device_rows
 from dm3d_deploy.errors import CheckpointError, ExportError, StaleArtifact, UsageError
 from dm3d_deploy.inspection import describe_path, model_rows, print_description, print_rows
+from dm3d_deploy.models.bundled import bundled_weights
 
 SLOT = "dense_head.heads_list"
 
@@ -156,7 +157,10 @@ def test_what_is_not_there_or_no_run(tmp_path, run_copy):
 def test_models_and_devices_fit_the_terminal(width):
     models, devices = model_rows(), device_rows()
     assert "centerpoint" in [row["model"] for row in models]
-    assert all("UNTRAINED" in row["weights"] for row in models)
+    for row in models:
+        bundled = bundled_weights(row["model"]) is not None
+        assert ("simulated scenes only" in row["weights"]) == bundled
+        assert ("UNTRAINED" in row["weights"]) != bundled
     text = shown(print_rows, "models", models, width=width)
     assert "60,000" in text
     text = shown(print_rows, "devices", devices, width=width)
