@@ -19,10 +19,13 @@ from sparse3d_sample import (
 from torch import nn
 
 from dm3d_deploy.config import load_config
+from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.models.backbone3d import ConvNormReLU
 from dm3d_deploy.models.detector import build_detector
 from dm3d_deploy.models.seeded import seed_weights
 from dm3d_deploy.models.sparse import SparseConv3d, SparseTensor, SubMConv3d, cell_keys, strided_map, submanifold_map
+from dm3d_deploy.pointcloud import PointCloud
+from engines.sparse3d.entry import Frame
 from engines.sparse3d.interpreter import interpret
 from engines.sparse3d.packing import tiled_weights
 from engines.sparse3d.planner import plan_backbone
@@ -183,3 +186,37 @@ def test_the_index_path_is_that_of_torch_at_full_size(count, scene, tmp_path):
             pairs[tap, outputs.numpy()] = inputs.numpy()
         np.testing.assert_array_equal(run.kept[f"{read.book}.pairs"][:, : len(keys)], pairs)
     print({name: value for name, value in run.status.items() if value})
+
+
+def test_the_points_of_a_real_frame_become_the_voxels_of_the_detector(shared, tmp_path):
+    points = np.fromfile(next((shared / "data" / "nuscenes").glob("*.f16x5.bin")), np.float16).reshape(-1, 5)
+    points = points.astype(np.float32)
+    path = shared / "data/openpcdet_cfgs/nuscenes_models/cbgs_voxel01_res3d_centerpoint.yaml"
+    config = replace(load_config(path).voxels, max_points_per_voxel=10**6, max_voxels=10**6)
+    cloud = PointCloud(points=points, columns=("x", "y", "z", "intensity", "timestamp"), source="a real frame")
+    expected = voxelize(cloud, config)
+    count, grid = len(expected.coords), (41, *config.grid_zyx[1:])
+    down = {"kernel": CUBE, "stride": (8, 8, 8), "padding": (0, 0, 0)}
+    backbone = backbone_of([layer(np.random.default_rng(0), "d", 1, 5, key="d", **down)], grid, 10, tmp_path)
+    frame = Frame(
+        rows=300_000, points=True, point_range_m=config.point_range_m, voxel_size_m=config.voxel_size_m,
+        grid_zyx=config.grid_zyx,
+    )  # fmt: skip
+    plan = plan_backbone(
+        backbone, frame=frame, capacities={"input": count, "d": 32_768}, precision="fp32",
+        shapes=replace(WIDE, conv_rows=1024, book_blocks=4), keep=("input.sites", "entry.features"),
+    )  # fmt: skip
+    feeds = []
+    for order in (np.arange(len(points)), np.random.default_rng(0).permutation(len(points))):
+        rows = np.full((300_000, 5), np.nan, np.float32)
+        rows[: len(points)] = points[order]
+        feeds.append({"points": rows, "count": np.array([len(points)], np.int32)})
+    run, shuffled = interpret(plan, feeds).runs
+    assert run.status["input"] == count
+    z, y, x = expected.coords[:, 1:].astype(np.int64).T
+    np.testing.assert_array_equal(run.kept["input.sites"], (z * grid[1] + y) * grid[2] + x)
+    error = np.abs(run.kept["entry.features"][:, :5] - expected.features)
+    print(f"{len(points)} points, {count} cells, largest error {error.max():.1e}")
+    assert (error <= 2e-7 * np.abs(expected.features) + 1e-7).all()
+    assert run.kept["entry.features"].tobytes() == shuffled.kept["entry.features"].tobytes()
+    assert run.outputs["bev"].tobytes() == shuffled.outputs["bev"].tobytes()
