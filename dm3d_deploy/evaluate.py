@@ -9,6 +9,7 @@ from typing import Any
 
 from calib.calibration_set import SENSOR_OF_DATASET
 from calib.dataset import DatasetFrame, open_dataset
+from calib.held_out import FIRST_SEED, FIRST_TRAINING_SEED
 from calib.simulated_dataset import labelled_frame
 from calib.simulator import simulate_frame
 from calib.simulator.sensor import sensor_named
@@ -24,8 +25,6 @@ from dm3d_deploy.pointcloud import Detections, PointCloud
 from dm3d_deploy.reporting.ap_tables import ap_text, draw_curves
 
 SIMULATED = "simulated"
-EVALUATION_SEED = 900_000  # above the seeds of calibration with seed 0, below all others
-SEED_LIMIT = 1 << 40  # training draws from here on
 DEFAULT_FRAMES = 100
 RESULT_NAME, TEXT_NAME, PICTURE_NAME = "evaluation.json", "evaluation.txt", "precision_recall.png"
 SCHEMA = 1
@@ -77,7 +76,7 @@ def evaluate(
     variant: str = "pruned",
     model: str | None = None,
     sensor: str | None = None,
-    seed: int = EVALUATION_SEED,
+    seed: int = FIRST_SEED,
     advanced: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """AP by class, range and difficulty of a run's graphs (no torch) or of a checkpoint (torch).
@@ -213,10 +212,10 @@ def _source(
 
 def _simulated(sensor: str, count: int, seed: int) -> _Source:
     sensor_named(sensor)
-    if not 0 <= seed <= SEED_LIMIT - count:
+    if not 0 <= seed <= FIRST_TRAINING_SEED - count:
         raise UsageError(
             f"training may have seen the frames of seed {seed} and after.",
-            fix=f"use seeds from 0 to {SEED_LIMIT - count}",
+            fix=f"use seeds from 0 to {FIRST_TRAINING_SEED - count}",
         )
     return _Source(
         label=f"simulated {sensor} seeds {seed} to {seed + count - 1}",

