@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from calib.held_out import FIRST_SEED, FIRST_TRAINING_SEED
-from calib.training_frames import FIRST_TRAINING_SEED
 from dm3d_deploy.config import load_config
 from dm3d_deploy.errors import CheckpointError, Dm3dError, FrameError, UsageError
 from dm3d_deploy.evaluate import evaluate
@@ -124,11 +123,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_frame(tiny_run
     with pytest.raises(Dm3dError, match="could not be written: a parent is a file"):
         evaluate(tiny_run, out=tmp_path / "file" / "out", advanced=lambda *step: told.append(step), **SETTINGS)
     assert told == []
-
-
-def test_held_out_seeds_are_none_of_training() -> None:
-    assert FIRST_TRAINING_SEED == FIRST_TRAINING_SEED
-    assert FIRST_SEED == 1_000_000_000
 
 
 def test_a_run_is_evaluated_without_torch(tiny_run, folder) -> None:
