@@ -49,7 +49,8 @@ class CudaPlan:
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._call("cuCtxSetCurrent", context)
         self.stream = Handle()
-        self._call("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(1))
+        # not a non-blocking one: uploads go through the default stream, which only others wait for
+        self._call("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(0))
         self.functions = [self._function(kernel) for kernel in range(len(plan.kernels))]
         self.constants = self._allocate(plan.constants)
         bindings = [*plan.inputs, *plan.outputs]
