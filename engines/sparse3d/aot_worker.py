@@ -58,6 +58,7 @@ def _compile(request: Mapping[str, Any], kernel: Mapping[str, Any], cubin: Path)
     )
     cubin.write_bytes(done.asm["cubin"])
     metadata = done.metadata
+    tools = triton.knobs.nvidia
     return {
         "symbol": metadata.name,
         "threads": metadata.num_warps * 32,
@@ -65,7 +66,7 @@ def _compile(request: Mapping[str, Any], kernel: Mapping[str, Any], cubin: Path)
         "global_scratch_bytes": metadata.global_scratch_size,
         "profile_scratch_bytes": getattr(metadata, "profile_scratch_size", 0),
         "hidden_params": _parameters(done.asm["ptx"]) - len(parameters),
-        "triton": triton.__version__,
+        "assembler": (tools.ptxas_blackwell if request["sm"] >= 100 else tools.ptxas).version,
         "async_copies": len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", done.asm["ptx"])),
         "matrix_products": len(re.findall(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma", done.asm["ptx"])),
         **_resources(Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump", cubin),

@@ -84,7 +84,8 @@ DM3D_API uint64_t dm3d_plan_workspace_bytes(const dm3d_plan *plan);
 DM3D_API uint32_t dm3d_plan_binding_count(const dm3d_plan *plan);
 DM3D_API dm3d_result dm3d_plan_binding(const dm3d_plan *plan, uint32_t index, dm3d_binding *binding);
 
-/* Launches every step on the stream. `bindings` are device addresses, aligned to 16 bytes. */
+/* Launches every step on the stream. `bindings` are device addresses, aligned to 16 bytes. The driver may load kernels
+ * at their first launch: let one frame pass before a CUDA graph captures this call. */
 DM3D_API dm3d_result dm3d_plan_enqueue(dm3d_plan *plan, dm3d_stream stream, void *const *bindings, uint32_t count,
                               void *workspace, uint64_t workspace_bytes);
 
