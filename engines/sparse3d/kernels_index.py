@@ -33,6 +33,13 @@ def rows_of(count_ptr, capacity):
 
 
 @triton.jit
+def tell_surplus(count_ptr, rows, report_ptr):
+    """Leave in report[4] how many rows the frame claims beyond those that there are."""
+    if tl.program_id(0) == 0:
+        tl.store(report_ptr + 4, tl.maximum(tl.load(count_ptr) - rows, 0))
+
+
+@triton.jit
 def rank_lookup(bits_ptr, prefix_ptr, key, valid, capacity):
     """The row of each cell, or -1: an empty cell, one that is not valid, or a row beyond the capacity."""
     word = tl.load(bits_ptr + (key >> 5), mask=valid, other=0).to(tl.uint32, bitcast=True)
@@ -74,6 +81,7 @@ def enter_voxels(
 
     report[0] += rows outside the grid, report[1] += rows whose cell another row holds already.
     """
+    tell_surplus(count_ptr, rows, report_ptr)
     n = rows_of(count_ptr, rows)
     if tl.program_id(0) * BLOCK < n:
         row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -95,7 +103,7 @@ def ring_cutoff(
 ):
     """Leave in limit[0] how many rings fit. The first with cells always does; its surplus goes in raster order.
 
-    Leaves the true count, how many cells are dropped (report[3]) and from which radius in metres on (report[4]).
+    Leaves the true count, how many cells are dropped (report[3]) and from which radius in metres on (report[5]).
     """
     ring = tl.arange(0, RINGS)
     cells = tl.load(rings_ptr + ring)
@@ -110,7 +118,7 @@ def ring_cutoff(
     tl.store(status_ptr, total)
     tl.store(report_ptr + 3, total - kept)
     radius = tl.sqrt((limit << ring_shift).to(tl.float32)) * 0.5 * cell_m
-    tl.store(report_ptr + 4, tl.where(limit < RINGS, radius, 0.0).to(tl.int32, bitcast=True))
+    tl.store(report_ptr + 5, tl.where(limit < RINGS, radius, 0.0).to(tl.int32, bitcast=True))
 
 
 @triton.jit

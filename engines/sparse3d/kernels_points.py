@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from engines.sparse3d.kernels_index import mark_cells, rank_lookup, rows_of
+from engines.sparse3d.kernels_index import mark_cells, rank_lookup, rows_of, tell_surplus
 
 SCALE: tl.constexpr = tl.constexpr(16777216.0)  # 2 ** 24: the last bit is 6e-8
 LARGEST: tl.constexpr = tl.constexpr(1048576.0)  # 2 ** 20 leaves room for fewer than 2 ** 19 points
@@ -27,6 +27,7 @@ def enter_points(
 
     report[0] += points outside the grid, report[2] += points with a value that is not finite or beyond LARGEST.
     """
+    tell_surplus(count_ptr, rows, report_ptr)
     n = rows_of(count_ptr, rows)
     if tl.program_id(0) * BLOCK < n:
         row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

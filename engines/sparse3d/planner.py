@@ -27,7 +27,13 @@ from engines.sparse3d.sites import FrameStatistics, capacities_from, frame_stati
 
 Precision = Literal["fp16", "fp32"]
 NUMPY_OF = {"fp16": np.float16, "fp32": np.float32}
-DROPPED = ("outside the grid", "in the cell of another row", "not finite or beyond 2**20", "beyond the cut-off")
+DROPPED = (
+    "outside the grid",
+    "in the cell of another row",
+    "not finite or beyond 2**20",
+    "beyond the cut-off",
+    "behind the last row",
+)
 COUNTS_FROM = len(DROPPED) + 1  # the cut-off radius lies between
 BEV_CHANNELS = 64
 

@@ -20,8 +20,8 @@ from sparse3d_sample import (
 
 from engines.sparse3d.interpreter import interpret
 from engines.sparse3d.packing import tiled_weights
-from engines.sparse3d.planner import plan_backbone
-from engines.sparse3d.shapes import WIDE
+from engines.sparse3d.planner import DROPPED, plan_backbone
+from engines.sparse3d.shapes import DEVICE, WIDE
 from engines.sparse3d.sites import frame_statistics, predicted_tiles
 
 pytest.importorskip("triton")
@@ -86,6 +86,31 @@ def test_order_of_rows_and_programs_and_earlier_frames_change_no_bit(detector, b
     for run in runs[1:]:
         assert run.outputs["bev"].tobytes() == runs[0].outputs["bev"].tobytes()
         assert run.status == runs[0].status
+
+
+def test_all_rows_in_use_and_more_rows_claimed_than_there_are(detector, backbone):
+    rng = np.random.default_rng(4)
+    cells = clustered_cells(rng, detector.backbone_3d.shape_zyx, ROOM)
+    full = padded(rng.normal(size=(ROOM, 5)).astype(np.float32), cells, ROOM)
+    capacities = {stage.name: 4096 for stage in backbone.stages} | {"input": ROOM}
+    plan = plan_backbone(backbone, frame=voxel_frame(detector, ROOM), capacities=capacities, shapes=WIDE)
+    exact, claimed = interpret(plan, [full, full | {"count": np.array([ROOM + 7], np.int32)}]).runs
+    assert exact.status["input"] == claimed.status["input"] == ROOM
+    assert sum(exact.status[name] for name in DROPPED) == 0
+    assert claimed.status["behind the last row"] == 7
+    np.testing.assert_array_equal(exact.outputs["bev"], claimed.outputs["bev"])
+
+
+def test_the_blocks_of_the_vehicle_give_the_bytes_of_wide_ones(detector, backbone):
+    rng = np.random.default_rng(5)
+    cells = clustered_cells(rng, detector.backbone_3d.shape_zyx, 90)
+    feed = padded(rng.normal(size=(90, 5)).astype(np.float32), cells, ROOM)
+    capacities = {stage.name: ROOM for stage in backbone.stages}
+    maps = []
+    for shapes in (WIDE, DEVICE):
+        plan = plan_backbone(backbone, frame=voxel_frame(detector, ROOM), capacities=capacities, shapes=shapes)
+        maps.append(interpret(plan, [feed]).runs[0].outputs["bev"].tobytes())
+    assert maps[0] == maps[1]
 
 
 def test_no_voxel_one_voxel_and_voxels_outside(detector, backbone):
