@@ -40,7 +40,7 @@ from dm3d_deploy.pointcloud import PointCloud, Voxels
 from dm3d_deploy.pruning.patterns import tile_size
 from engines.sparse3d.aot import TARGETS, compile_plan
 from engines.sparse3d.cuda_executor import CudaPlan
-from engines.sparse3d.entry import Frame
+from engines.sparse3d.entry import frame_from_config
 from engines.sparse3d.onnx_reader import ENTRY, read_backbone
 from engines.sparse3d.plan import Plan
 from engines.sparse3d.plan_file import write_plan
@@ -78,10 +78,7 @@ def plan_of(detector: Detector, voxels: Voxels, *, precision: str, points: int =
         export_backbone3d(detector, path, max_voxels=config.max_voxels)
         backbone = read_backbone(path)
     statistics = frame_statistics(backbone, voxels.coords, conv_rows=64)
-    frame = Frame(
-        rows=points or config.max_voxels, points=points > 0, point_range_m=config.point_range_m,
-        voxel_size_m=config.voxel_size_m, grid_zyx=config.grid_zyx,
-    )  # fmt: skip
+    frame = frame_from_config(config, rows=points or config.max_voxels, points=points > 0)
     names = [f"{stage.name}.sites" for stage in backbone.stages]
     return plan_backbone(
         backbone, frame=frame, precision="fp16" if precision == "fp16" else "fp32",

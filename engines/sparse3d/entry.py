@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dm3d_deploy.config import VoxelConfig
 from dm3d_deploy.errors import UsageError
 from engines.sparse3d.assembly import Array, Assembly
 from engines.sparse3d.onnx_reader import ENTRY, Backbone
@@ -43,6 +44,17 @@ class Frame:
         sizes = zip(self.sensor_yx, self.grid_zyx[1:], strict=True)
         farthest = sum(max(abs(1 - start), abs(2 * cells - 1 - start)) ** 2 for start, cells in sizes)
         return max(0, farthest.bit_length() - (RINGS - 1).bit_length())
+
+
+def frame_from_config(config: VoxelConfig, *, rows: int, points: bool = False) -> Frame:
+    """The frame of a detector: `rows` of voxels, or of points."""
+    return Frame(
+        rows=rows,
+        points=points,
+        point_range_m=config.point_range_m,
+        voxel_size_m=config.voxel_size_m,
+        grid_zyx=config.grid_zyx,
+    )
 
 
 def enter(

@@ -7,7 +7,7 @@ from sparse3d_sample import backbone_of, layer, padded, plain_frame
 from dm3d_deploy.config import VoxelConfig
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import PointCloud
-from engines.sparse3d.entry import Frame
+from engines.sparse3d.entry import Frame, frame_from_config
 from engines.sparse3d.interpreter import interpret
 from engines.sparse3d.planner import plan_backbone
 from engines.sparse3d.shapes import WIDE
@@ -116,10 +116,7 @@ def point_setup(folder, capacity, rows=2000):
         point_range_m=(-5.0, -6.0, -2.0, 5.0, 6.0, 1.2), voxel_size_m=(0.2, 0.2, 0.4), max_points_per_voxel=10**6,
         max_voxels=capacity, columns=("x", "y", "z", "intensity"),
     )  # fmt: skip
-    frame = Frame(
-        rows=rows, points=True, point_range_m=config.point_range_m, voxel_size_m=config.voxel_size_m,
-        grid_zyx=config.grid_zyx,
-    )  # fmt: skip
+    frame = frame_from_config(config, rows=rows, points=True)
     backbone = two_stages(folder, grid=(9, 60, 50))
     plan = plan_backbone(
         backbone, frame=frame, capacities={"input": capacity, "b": 2048}, precision="fp32", shapes=WIDE, keep=KEPT

@@ -25,7 +25,7 @@ from dm3d_deploy.models.detector import build_detector
 from dm3d_deploy.models.seeded import seed_weights
 from dm3d_deploy.models.sparse import SparseConv3d, SparseTensor, SubMConv3d, cell_keys, strided_map, submanifold_map
 from dm3d_deploy.pointcloud import PointCloud
-from engines.sparse3d.entry import Frame
+from engines.sparse3d.entry import frame_from_config
 from engines.sparse3d.interpreter import interpret
 from engines.sparse3d.packing import tiled_weights
 from engines.sparse3d.planner import plan_backbone
@@ -198,10 +198,7 @@ def test_the_points_of_a_real_frame_become_the_voxels_of_the_detector(shared, tm
     count, grid = len(expected.coords), (41, *config.grid_zyx[1:])
     down = {"kernel": CUBE, "stride": (8, 8, 8), "padding": (0, 0, 0)}
     backbone = backbone_of([layer(np.random.default_rng(0), "d", 1, 5, key="d", **down)], grid, 10, tmp_path)
-    frame = Frame(
-        rows=300_000, points=True, point_range_m=config.point_range_m, voxel_size_m=config.voxel_size_m,
-        grid_zyx=config.grid_zyx,
-    )  # fmt: skip
+    frame = frame_from_config(config, rows=300_000, points=True)
     plan = plan_backbone(
         backbone, frame=frame, capacities={"input": count, "d": 32_768}, precision="fp32",
         shapes=replace(WIDE, conv_rows=1024, book_blocks=4), keep=("input.sites", "entry.features"),

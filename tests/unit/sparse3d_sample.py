@@ -6,7 +6,7 @@ import torch
 from dm3d_deploy.config import load_config
 from dm3d_deploy.models.detector import build_detector
 from dm3d_deploy.models.seeded import seed_weights
-from engines.sparse3d.entry import Frame
+from engines.sparse3d.entry import Frame, frame_from_config
 from engines.sparse3d.onnx_reader import read_backbone
 from exporters.backbone3d import SparseLayer, backbone_model, export_backbone3d
 
@@ -29,14 +29,7 @@ def exported(detector, folder, max_voxels):
 
 def voxel_frame(detector, rows, *, points=False):
     """The frame of a detector."""
-    voxels = detector.config.voxels
-    return Frame(
-        rows=rows,
-        points=points,
-        point_range_m=voxels.point_range_m,
-        voxel_size_m=voxels.voxel_size_m,
-        grid_zyx=voxels.grid_zyx,
-    )
+    return frame_from_config(detector.config.voxels, rows=rows, points=points)
 
 
 def plain_frame(grid, rows):
