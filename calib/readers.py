@@ -138,7 +138,7 @@ def _bin_table(data: bytes, path: Path, columns: tuple[str, ...] | None) -> Tabl
         raise FrameError(
             f"{path} has {len(data)} bytes, no whole number of points of {sizes} bytes: the last point is cut off "
             f"at byte {max(whole)}.",
-            fix="copy the frame again, or name its columns",
+            fix="copy the frame again, or name its columns in Python: read_points(path, columns=(...))",
         )
     tables = [_table(data, dtype, 0, width) for width in fitting]
     doubts = [float(_implausible(values, _guessed_names(values)).mean()) for values, _ in tables if columns is None]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dm3d_deploy.errors import require
+
 if TYPE_CHECKING:
     from calib.readers import read_points
     from dm3d_deploy.artifacts import Manifest
@@ -53,4 +55,6 @@ HOME = {
 def __getattr__(name: str) -> Any:
     if name not in HOME:
         raise AttributeError(f"dm3d_deploy.api has no '{name}'")
+    if HOME[name].startswith("dm3d_deploy.models."):
+        require("torch", extra="compile")
     return getattr(importlib.import_module(HOME[name]), name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dm3d_deploy.errors import Dm3dError, StaleArtifact, UsageError
+from dm3d_deploy.errors import OutputError, StaleArtifact, UsageError
 
 SCHEMA = 1
 HASH_CHUNK_BYTES = 1 << 20
@@ -57,7 +57,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno is None:
             raise
         what, fix = reasons.get(error.errno, (os.strerror(error.errno).lower(), "choose another --out"))
-        raise Dm3dError(f"{path} could not be written: {what}.", fix=fix) from error
+        raise OutputError(f"{path} could not be written: {what}.", fix=fix) from error
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:

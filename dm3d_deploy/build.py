@@ -31,8 +31,8 @@ from dm3d_deploy.artifacts import (
 )
 from dm3d_deploy.config import load_config
 from dm3d_deploy.device import devices_from
-from dm3d_deploy.errors import InternalError, StaleArtifact, UsageError, VerificationFailed, nearest
-from dm3d_deploy.measurements import Measurements, read_measurements, write_measurements
+from dm3d_deploy.errors import Dm3dError, InternalError, StaleArtifact, UsageError, VerificationFailed, nearest
+from dm3d_deploy.measurements import MEASUREMENTS_NAME, Measurements, read_measurements, write_measurements
 from dm3d_deploy.outside import outside_digest
 from dm3d_deploy.progress import Silent, Watch
 from dm3d_deploy.recipe import Recipe, recipe_from_mapping
@@ -83,21 +83,28 @@ def build(
         for leftover in list(root.rglob("*.partial")):
             _remove(leftover)
         book = _Book.open(root, recipe)
-        for stage in STAGES[: STAGE_NAMES.index(wanted[-1]) + 1]:
-            forced = first is not None and stage.name in wanted
-            started = time.perf_counter()
-            if not forced and book.fresh(stage) is None:
-                book.drop_consumed(stage)
-                eye.finished(stage.name, 0.0, True)
-                continue
-            eye.started(stage.name, stage.says)
-            book.run(stage, eye, pool)
-            book.forget_stale_after(stage)
-            seconds = time.perf_counter() - started
-            book.record_seconds(stage.name, seconds)
-            eye.finished(stage.name, seconds, False)
+        try:
+            _run_stages(book, wanted, first is not None, eye, pool)
+        except Dm3dError:
+            book.leave_no_trace()
+            raise
         _raise_if_refuted(root, wanted[-1])
         return book.manifest
+
+
+def _run_stages(book: _Book, wanted: tuple[str, ...], forced: bool, eye: Watch, pool: FramePool) -> None:
+    for stage in STAGES[: STAGE_NAMES.index(wanted[-1]) + 1]:
+        started = time.perf_counter()
+        if not (forced and stage.name in wanted) and book.fresh(stage) is None:
+            book.drop_consumed(stage)
+            eye.finished(stage.name, 0.0, True)
+            continue
+        eye.started(stage.name, stage.says)
+        book.run(stage, eye, pool)
+        book.forget_stale_after(stage)
+        seconds = time.perf_counter() - started
+        book.record_seconds(stage.name, seconds)
+        eye.finished(stage.name, seconds, False)
 
 
 def plan(
@@ -282,6 +289,15 @@ class _Book:
             step = self.step(later.name)
             if step is not None and not later.outside and step.key != self.key(later):
                 self._forget(later)
+
+    def leave_no_trace(self) -> None:
+        """Take back a folder in which no stage was ever finished."""
+        if self.manifest.steps:
+            return
+        for name in (MANIFEST_NAME, MEASUREMENTS_NAME, ".lock"):
+            _remove(self.root / name)
+        with contextlib.suppress(OSError):  # whatever else lies there stays
+            self.root.rmdir()
 
     def check_inputs(self, stage: Stage) -> None:
         """StaleArtifact unless every file that the stage reads is there and is the one recorded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dm3d_deploy import __version__
-from dm3d_deploy.errors import Dm3dError, InternalError, UsageError, VerificationFailed
+from dm3d_deploy.errors import Dm3dError, InternalError, OutputError, UsageError, VerificationFailed
 
 if TYPE_CHECKING:
     from dm3d_deploy.recipe import Recipe
@@ -28,6 +29,7 @@ app = typer.Typer(
 FOREGROUND = "The line"
 WORLD = "The simulated world"
 BACKGROUND = "Look things up"
+INTERRUPTED = "interrupted: finished stages are kept, and the same command goes on from there\n"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -47,8 +49,12 @@ def main() -> None:
         sys.stderr.write(f"internal error: {error} (a bug of ours: please report it with the command line)\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: finished stages are kept, and the same command goes on from there\n")
+        sys.stderr.write(INTERRUPTED)
         sys.exit(130)
+    except OSError as error:  # standard output: files of ours are told by name
+        sys.stderr.write(f"error: standard output could not be written: {error.strerror}.\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered would fail again
+        sys.exit(OutputError.exit_code)
 
 
 def _version(wanted: bool) -> None:
@@ -125,17 +131,21 @@ def _build(recipe: Recipe, root: Path, first: str | None, last: str | None, *, q
 
 
 def _watched(go: Callable[[Any], None], *, quiet: bool, headline: str) -> None:
-    if quiet:
-        go(None)
-        return
-    from rich.console import Console
+    try:
+        if quiet:
+            go(None)
+            return
+        from rich.console import Console
 
-    from dm3d_deploy.terminal import TerminalWatch
+        from dm3d_deploy.terminal import TerminalWatch
 
-    console = Console(stderr=True)
-    console.print(headline, highlight=False, markup=False, style="bold", soft_wrap=True)
-    with TerminalWatch(console) as watch:
-        go(watch)
+        console = Console(stderr=True)
+        console.print(headline, highlight=False, markup=False, style="bold", soft_wrap=True)
+        with TerminalWatch(console) as watch:
+            go(watch)
+    except KeyboardInterrupt:
+        sys.stderr.write(INTERRUPTED)  # here, because typer would say no more than a blank line
+        raise typer.Exit(130) from None
 
 
 def _show_summary(root: Path, last: str | None, *, quiet: bool, as_json: bool) -> None:

@@ -150,7 +150,7 @@ def load_config(path_or_name: str | Path) -> DetectorConfig:
         if path_or_name not in detector_names():
             raise UsageError(
                 f"there is no detector '{path_or_name}'.",
-                fix=f"{nearest(path_or_name, detector_names())} A YAML file is given by its path.",
+                fix=f"{nearest(path_or_name, detector_names())} (a YAML file is given by its path)",
             )
         path = MODEL_FILES / f"{path_or_name}.yaml"
     return _config_from_entry(yaml_reader.entry_from_file(path), path.stem)

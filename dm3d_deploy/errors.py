@@ -71,6 +71,12 @@ class StaleArtifact(Dm3dError):
     exit_code = 7
 
 
+class OutputError(Dm3dError):
+    """Something could not be written: a full or read-only disk, a name that is taken."""
+
+    exit_code = 8
+
+
 class VerificationFailed(Dm3dError):
     """The question was asked and the answer is no."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from dm3d_deploy.config import VoxelConfig
+from dm3d_deploy.config import DetectorConfig, VoxelConfig
 from dm3d_deploy.errors import FrameError
 from dm3d_deploy.pointcloud import PointCloud, Voxels
 
 
-def voxelize(cloud: PointCloud, config: VoxelConfig) -> Voxels:
+def voxelize(cloud: PointCloud, config: VoxelConfig | DetectorConfig) -> Voxels:
     """The mean of the points (first `max_points_per_voxel` of them) in each occupied cell, in raster order.
 
     A point lies in cell floor((point - low) / size), computed in float32 as spconv's Point2Voxel does for OpenPCDet:
@@ -24,6 +24,7 @@ def voxelize(cloud: PointCloud, config: VoxelConfig) -> Voxels:
     A cloud without `timestamp` is a single sweep: its time lag is 0. Raises `FrameError` for any other missing
     column, for a non-finite value and for a frame without points in the range.
     """
+    config = config.voxels if isinstance(config, DetectorConfig) else config
     points = _used_points(cloud, config.columns)
     cells = _cells_of(points, config)
     inside = np.flatnonzero(cells >= 0)

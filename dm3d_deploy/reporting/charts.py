@@ -157,7 +157,7 @@ def _few_ticks() -> Any:
 
 
 def allocation_chart(layers: Sequence[Mapping[str, Any]], part: str) -> str:
-    """Kept share of every layer of one part, its pattern, and beside it where the MACs lie (the paper's Fig. 4)."""
+    """Share of MACs kept in every layer of one part, its pattern, and where the MACs lie (the paper's Fig. 4)."""
     own = [layer for layer in layers if layer["part"] == part]
     names = _short_names([layer["name"] for layer in own])
 
@@ -168,7 +168,7 @@ def allocation_chart(layers: Sequence[Mapping[str, Any]], part: str) -> str:
         costs.set_xlim(0, max((layer["dense_macs"] for layer in layers), default=0) or 1)
         costs.set_xticks([])
         for row, (name, layer) in enumerate(zip(names, own, strict=True)):
-            kept = 1 - layer["ratio"]
+            kept = share_of({"dense": layer["dense_macs"], "kept": layer["kept_macs"]}, "kept")
             executed = share_of({"dense": layer["dense_macs"], "executed": layer["executed_macs"]}, "executed")
             _share_row(shares, row, kept, executed, part)
             _text(shares, -0.02, row, name, align="right")
@@ -176,7 +176,7 @@ def allocation_chart(layers: Sequence[Mapping[str, Any]], part: str) -> str:
             _text(shares, 1.24, row, layer["pattern"][:14], ink="muted")
             costs.barh(row, layer["dense_macs"], height=0.62, color=INK["track"])
             costs.barh(row, layer["kept_macs"], height=0.62, color=INK[part])
-        _title(shares, f"{PART_TITLES[part]}: share kept")
+        _title(shares, f"{PART_TITLES[part]}: share of MACs kept")
         _title(shares, "pattern", x=1.24)
         _title(costs, "MACs")
 

@@ -193,7 +193,8 @@ def _sentence_of_cost(report: Mapping[str, Any]) -> str:
     if not how.startswith("held-out"):
         return f"the distortion is {significant(cost)}, predicted from {simulated}frames and not verified"
     recovered = " after recovery" if "recovery" in how else ""
-    return f"the distortion is {significant(cost)} on held-out {simulated}frames{recovered}"
+    where = "simulated " if report["frames"]["held_out_simulated"] else ""
+    return f"the distortion is {significant(cost)} on held-out {where}frames{recovered}"
 
 
 def verdict_sentence(report: Mapping[str, Any]) -> str:

@@ -79,6 +79,7 @@ SCHEMA: dict[str, Any] = {
     "frames": {
         "source": WORDS,
         "simulated": FLAG,
+        "held_out_simulated": FLAG,
         "calibration": COUNT,
         "selection": WORDS,
         "held_out": COUNT,
@@ -287,7 +288,8 @@ def _check_words(data: Mapping[str, Any]) -> None:
     sentence = data["verdict"]["sentence"]
     if not data["model"]["trained"] and "UNTRAINED" not in sentence:
         raise _refuse("verdict.sentence", "the weights are untrained and the sentence does not say UNTRAINED")
-    if data["frames"]["simulated"] and "simulated" not in sentence.lower():
+    frames = data["frames"]
+    if (frames["simulated"] or frames["held_out_simulated"]) and "simulated" not in sentence.lower():
         raise _refuse("verdict.sentence", "the frames are simulated and the sentence does not say so")
 
 

@@ -92,7 +92,8 @@ def frames(run: RunContext) -> None:
         {
             "source": run.recipe.frames,
             "simulated": all(ref.path is None for ref in plan.frames),
-            "notes": [*plan.notes, *_capacity_notes(rows)],
+            "notes": list(plan.notes),
+            "overflow": _capacity_notes(rows),
             "shown": shown,
             "shown_columns": shown_columns,
             "frames": rows,
@@ -120,6 +121,6 @@ def _capacity_notes(rows: list[dict[str, object]]) -> list[str]:
         return []
     nearest = min(float(str(row["cutoff_m"])) for row in capped)
     return [
-        f"{len(capped)} of {len(rows)} frames hold more cells than the model's cap; the farthest were dropped "
-        f"(beyond {nearest:.1f} m in the fullest frame)"
+        f"{len(capped)} of {len(rows)} frames hold more cells than the model's cap; the farthest were dropped, beyond "
+        f"{nearest:.1f} m in the fullest frame: the detector is blind there (raise MAX_NUMBER_OF_VOXELS in the YAML)"
     ]

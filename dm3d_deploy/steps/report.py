@@ -25,6 +25,7 @@ from dm3d_deploy.steps.deploy import shown_cloud
 from dm3d_deploy.steps.layers import PARTS_OF_SCOPE
 
 SAME_OBJECT_M = 1.0
+OPTIONS = {"checkpoint", "frames", "scope", "patterns", "device", "precision", "calibration_frames", "seed"}
 PICTURE_MARGIN = 1.05
 NO_TIME = (
     "ONNX Runtime multiplies zeros like any other number. It saves time only where a kernel offset of the 3D backbone "
@@ -50,12 +51,18 @@ def report(run: RunContext) -> None:
 
 
 def command_of(recipe: Recipe) -> str:
-    """The command line that means this recipe: what differs from the defaults."""
-    usual = Recipe(model=recipe.model, target=recipe.target).as_json()
+    """The command line that means this recipe, or the call in Python where there are no options for it.
+
+    How often a latency was sampled is no part of either: it stands beside the latency.
+    """
+    usual = Recipe(model=recipe.model, target=recipe.target, bench_repeats=recipe.bench_repeats).as_json()
+    changed = {name: value for name, value in recipe.as_json().items() if value != usual[name]}
+    if not changed.keys() <= OPTIONS:
+        named = {"model": recipe.model, "target": recipe.target, **changed}
+        return f"build(Recipe({', '.join(f'{name}={value!r}' for name, value in named.items())}))"
     words = ["dm3d-deploy", "build", "--model", recipe.model, "--target", f"{recipe.target:g}"]
-    for name, value in recipe.as_json().items():
-        if value != usual[name]:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in changed.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 
@@ -113,6 +120,7 @@ def _frames(info: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "source": info["source"],
         "simulated": info["simulated"],
+        "held_out_simulated": all(row["path"] is None for row in info["frames"] if row["role"] == "held_out"),
         "calibration": count["calibration"],
         "selection": how,
         "held_out": count["held_out"],
@@ -275,7 +283,7 @@ def _provenance(run: RunContext, stamp: Mapping[str, Any]) -> dict[str, Any]:
 def _warnings(found: Mapping[str, Any]) -> list[str]:
     lost = sum(graph["rounded_to_zero"] for graph in found["export_info"]["graphs"] if "/dense/" not in graph["path"])
     pooled = found["output_scale"]["pooled"]
-    warnings = []
+    warnings = list(found["frames_info"]["overflow"])
     if not found["model_info"]["trained"]:
         warnings.append("UNTRAINED: the weights are seeded noise; distortions and boxes say nothing about a detector")
     if lost:

@@ -266,6 +266,7 @@ def _sample_as_json(trained: bool, simulated: bool) -> str:
         "frames": {
             "source": source,
             "simulated": simulated,
+            "held_out_simulated": simulated,
             "calibration": 8,
             "selection": "farthest-point over scene statistics, 8 of 40",
             "held_out": 4,

@@ -202,10 +202,10 @@ def test_an_output_folder_that_is_a_file_or_lies_in_one(build, refused, tiny_run
     file = tmp_path / "file"
     file.write_text("mine")
     assert "is a file" in build(code=2, out=file)
-    assert "a parent is a file" in build(code=1, out=file / "run")
+    assert "a parent is a file" in build(code=8, out=file / "run")
     for out in (file, file / "below"):
-        assert "a parent is a file" in refused("detect", tiny_run, tiny_frames, "--out", out, "--quiet", code=1)
-    assert "file name too long" in build(code=1, out=tmp_path / ("x" * 300))
+        assert "a parent is a file" in refused("detect", tiny_run, tiny_frames, "--out", out, "--quiet", code=8)
+    assert "file name too long" in build(code=8, out=tmp_path / ("x" * 300))
     assert file.read_text() == "mine"
 
 
@@ -231,7 +231,7 @@ def test_a_disk_that_refuses(build, tmp_path, monkeypatch, number, words):
 
     with monkeypatch.context() as patch:
         patch.setattr(artifacts.os, "fsync", refuse)
-        assert f"could not be written: {words}" in build(code=1)
+        assert f"could not be written: {words}" in build(code=8)
     assert {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()} <= {".lock"}
 
 
@@ -239,7 +239,7 @@ def test_a_file_larger_than_the_limit(build, cli, tmp_path, tiny_frames):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        assert "dense.safetensors could not be written: the limit on the size of a file" in build(code=1)
+        assert "dense.safetensors could not be written: the limit on the size of a file" in build(code=8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "run" / "weights" / "dense.safetensors").exists()
@@ -261,7 +261,7 @@ def test_a_real_disk_that_is_full_or_read_only(tiny_frames, tmp_path, options, w
         pytest.skip("this system mounts no tmpfs for its users")
     recipe = ("--model", TINY, "--target", "0.5", "--frames", tiny_frames, "--device", "orin", "--to", "load")
     ended = on_a_small_disk(options, "build", *recipe, "--out", tmp_path / "run", mount=tmp_path)
-    assert ended.returncode == 1
+    assert ended.returncode == 8
     assert f"could not be written: {words}" in ended.stderr
     assert "Traceback" not in ended.stderr
 

@@ -70,6 +70,7 @@ def raising(error):
         (errors.ExportError("no", fix="f"), 6),
         (errors.EngineError("no", fix="f"), 6),
         (errors.StaleArtifact("no", fix="f"), 7),
+        (errors.OutputError("no", fix="f"), 8),
         (errors.InternalError("no"), 70),
         (KeyboardInterrupt(), 130),
     ],
@@ -169,3 +170,13 @@ def test_inspect_prints_lines_or_one_document(cli, tiny_run):
     code, out, err = cli("inspect", tiny_run)
     assert (code, err) == (0, "")
     assert "UNTRAINED" in out
+
+
+def test_a_full_standard_output_is_one_sentence():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dm3d_deploy", "models", "--json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 8
+    assert done.stderr == "error: standard output could not be written: No space left on device.\n"
