@@ -30,7 +30,7 @@ check: lint
 	@touch $@
 
 .venv/.installed-for-tests: pyproject.toml constraints.txt | $(RUN)
-	$(INSTALL) '.[compile,rtx,test]'
+	$(INSTALL) '.[compile,rtx,sparse3d,test]'
 	@touch .venv/.installed $@
 
 $(RUN):

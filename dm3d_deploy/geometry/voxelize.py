@@ -19,12 +19,12 @@ def voxelize(cloud: PointCloud, config: VoxelConfig | DetectorConfig) -> Voxels:
     Departures from OpenPCDet, whose result depends on a shuffle: within a cell points are kept in lexicographic order
     of their columns, and above `max_voxels` the cells farthest from the sensor are dropped (horizontal range of the
     cell centre, ties by raster order; `cutoff_m` is the range of the nearest dropped cell).
-    Means are summed in float64 and rounded once, so neither point order nor thread count changes a bit.
-
+    Means are summed in float64 and rounded once: neither point order nor thread count changes a bit.
     A cloud without `timestamp` is a single sweep: its time lag is 0. Raises `FrameError` for any other missing
     column, for a non-finite value and for a frame without points in the range.
     """
-    config = config.voxels if isinstance(config, DetectorConfig) else config
+    if isinstance(config, DetectorConfig):
+        return voxelize(cloud, config.voxels)
     points = _used_points(cloud, config.columns)
     cells = _cells_of(points, config)
     inside = np.flatnonzero(cells >= 0)

@@ -34,7 +34,7 @@ DISTRIBUTION_OF_MODULE = {
     "markupsafe": "jinja2",  # the strings that jinja2 hands out
 }
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-PINNED_EXTRAS = ("compile", "rtx", "test")
+PINNED_EXTRAS = ("compile", "rtx", "sparse3d", "test")
 X86 = {"platform_machine": "x86_64", "sys_platform": "linux"}
 ARM = {"platform_machine": "aarch64", "sys_platform": "linux"}
 
