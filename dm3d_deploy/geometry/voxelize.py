@@ -29,12 +29,7 @@ def voxelize(cloud: PointCloud, config: VoxelConfig | DetectorConfig) -> Voxels:
     cells = _cells_of(points, config)
     inside = np.flatnonzero(cells >= 0)
     if not len(inside):
-        low, high = config.point_range_m[:3], config.point_range_m[3:]
-        spans = ", ".join(f"{a} {p:g}..{q:g}" for a, p, q in zip("xyz", low, high, strict=True))
-        raise FrameError(
-            f"{cloud.source or 'the frame'} has {len(points)} points and none inside {spans} m.",
-            fix="use a frame in the sensor frame (x forward, y left, z up, metres) of the model's data set",
-        )
+        raise _nothing_inside(cloud, len(points), config)
     points, cells = points[inside], cells[inside]
     order = _canonical_order(points, cells)
     points, cells = points[order], cells[order]
@@ -59,6 +54,15 @@ def voxelize(cloud: PointCloud, config: VoxelConfig | DetectorConfig) -> Voxels:
         num_points=counts[kept].astype(np.int32),
         found=len(starts),
         cutoff_m=cutoff_m,
+    )
+
+
+def _nothing_inside(cloud: PointCloud, count: int, config: VoxelConfig) -> FrameError:
+    low, high = config.point_range_m[:3], config.point_range_m[3:]
+    spans = ", ".join(f"{a} {p:g}..{q:g}" for a, p, q in zip("xyz", low, high, strict=True))
+    return FrameError(
+        f"{cloud.source or 'the frame'} has {count} points and none inside {spans} m.",
+        fix="use a frame in the sensor frame (x forward, y left, z up, metres) of the model's data set",
     )
 
 
