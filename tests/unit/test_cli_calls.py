@@ -11,8 +11,8 @@ import pytest
 from run_sample import TINY, tree
 
 import dm3d_deploy
-from dm3d_deploy import cli as command_line
 from dm3d_deploy import errors
+from dm3d_deploy.cli import root as command_line
 
 HEAVY = ("torch", "onnx", "onnxruntime", "matplotlib", "scipy", "numpy", "jinja2", "yaml", "tensorrt_rtx")
 BUILD = ("--target", "0.5", "--device", "orin", "--calibration-frames", "2")
