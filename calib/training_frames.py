@@ -30,12 +30,12 @@ MIN_CROP_POINTS = 200
 # How often a crop is drawn around an object of the class.
 CLASS_WEIGHT = {
     "car": 1.0,
-    "truck": 2.5,
+    "truck": 3.0,
     "construction_vehicle": 3.0,
-    "bus": 2.5,
-    "trailer": 3.0,
+    "bus": 5.0,
+    "trailer": 5.0,
     "barrier": 1.2,
-    "motorcycle": 2.0,
+    "motorcycle": 3.0,
     "bicycle": 2.0,
     "pedestrian": 1.2,
     "traffic_cone": 1.5,

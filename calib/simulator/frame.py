@@ -44,7 +44,8 @@ def simulate_frame(
     """The frame of that seed, the same bits every time.
 
     `sweeps` defaults to what the sensor's data set stacks into a frame; `rare` multiplies the share of trucks, buses,
-    trailers and construction vehicles. Raises `UsageError` for an unknown sensor, no sweep, a seed or share below zero.
+    trailers, construction vehicles and motorcycles. Raises `UsageError` for an unknown sensor, no sweep, a seed or
+    share below zero.
     """
     model = sensor_named(sensor)
     count = model.sweeps if sweeps is None else sweeps

@@ -18,12 +18,12 @@ _MOVING = (
     ("motorcycle", 0.05),
     ("bicycle", 0.04),
 )
-_RARE = ("truck", "bus", "trailer", "construction_vehicle")
+_RARE = ("truck", "bus", "trailer", "construction_vehicle", "motorcycle")
 _SPACING_M = {"car": 7.0, "truck": 9.0, "bus": 12.0, "trailer": 13.0, "construction_vehicle": 9.0}
 
 
 def populate(scene: Scene, *, density: float, rare: float) -> None:
-    """Fill the street; `rare` multiplies the share of trucks, buses, trailers and construction vehicles."""
+    """Fill the street; `rare` multiplies the share of the vehicles in `_RARE`."""
     weights = np.array([share * (rare if name in _RARE else 1.0) for name, share in _MOVING])
     weights /= weights.sum()
     _lanes(scene, weights, density)
@@ -35,7 +35,7 @@ def populate(scene: Scene, *, density: float, rare: float) -> None:
     _parking_lots(scene, density)
     _works(scene, density * math.sqrt(rare))
     _people(scene, density)
-    _two_wheelers(scene, density)
+    _two_wheelers(scene, density, rare)
 
 
 def _draw_vehicle(scene: Scene, weights: np.ndarray) -> str:
@@ -124,9 +124,9 @@ def _beside_road(scene: Scene, road: Road) -> tuple[float, float]:
     return u, road.kerb(side) + side * random.uniform(0.4, max(1.2, road.pavement_m))
 
 
-def _two_wheelers(scene: Scene, density: float) -> None:
+def _two_wheelers(scene: Scene, density: float, rare: float) -> None:
     road, random = scene.road, scene.random
-    for name, mean in (("bicycle", 4.0), ("motorcycle", 1.6)):
+    for name, mean in (("bicycle", 4.0), ("motorcycle", 1.6 * math.sqrt(rare))):
         for _ in range(random.poisson(mean * density)):
             side = 1 if random.random() < 0.5 else -1
             inward = random.uniform(0.4, 1.5) if random.random() < 0.5 else -random.uniform(0.5, 2.0)
