@@ -162,7 +162,7 @@ def test_models_and_devices_fit_the_terminal(width):
         assert ("simulated scenes only" in row["weights"]) == bundled
         assert ("UNTRAINED" in row["weights"]) != bundled
     text = shown(print_rows, "models", models, width=width)
-    assert "60,000" in text
+    assert "120,000" in text
     text = shown(print_rows, "devices", devices, width=width)
     assert all(row["device"] in text for row in devices)
 

@@ -195,7 +195,7 @@ def test_the_real_frame_has_the_cells_of_openpcdet(shared, frame):
 
 @pytest.mark.data
 def test_the_cap_keeps_the_nearest_cells_of_the_real_frame(frame):
-    config = load_config("centerpoint").voxels
+    config = dataclasses.replace(load_config("centerpoint").voxels, max_voxels=60_000)
     voxels = voxelize(frame, config)
     assert (len(voxels.coords), voxels.found, voxels.dropped) == (60_000, 83_943, 23_943)
     centres = np.array([-51.2, -51.2]) + (voxels.coords[:, [3, 2]] + 0.5) * 0.1
