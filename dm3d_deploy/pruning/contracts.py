@@ -15,7 +15,8 @@ Part = Literal["3d", "2d", "head"]
 Kind = Literal["sparse", "conv2d", "deconv2d"]
 Pattern = Literal["unstructured", "2:4", "tile", "dense"]
 Scope = Literal["backbone", "model"]
-Unit = Literal["macs"]
+Cost = Literal["macs", "executed", "latency"]
+Unit = Literal["macs", "executed", "ms"]
 
 ROUNDING = 1e-12  # relative: sums of the same MACs in another order differ by this much at most
 
@@ -99,7 +100,7 @@ class Curve:
     def __post_init__(self) -> None:
         where = f"{self.layer} ({self.pattern})"
         arrays = (self.ratio, self.distortion, self.cost)
-        if self.pattern not in get_args(Pattern) or self.unit not in get_args(Unit):
+        if self.pattern not in get_args(Pattern) or self.unit != "macs":
             raise InternalError(f"{where}: no such pattern or unit '{self.unit}'")
         if self.ratio.ndim != 1 or not len(self.ratio) or any(a.shape != self.ratio.shape for a in arrays):
             raise InternalError(f"{where}: curve arrays disagree: {[a.shape for a in arrays]}")
@@ -119,7 +120,8 @@ class Curve:
 class Budget:
     """The share of the dense cost that may be kept: kept / `denominator` <= `value`.
 
-    `denominator` is the dense cost (MACs) of everything in `scope`: both backbones (the paper's), or the whole model.
+    `denominator` is the dense cost of everything that counts: for MACs, kept or executed, both backbones (`scope`, the
+    paper's) or the whole model; for milliseconds the whole network, whatever may be pruned.
     """
 
     value: float
@@ -168,7 +170,8 @@ class Allocation:
     """One choice per layer. `cost` is all that the budget counts, layers that stay dense included.
 
     `distortion` is predicted (the sum over layers); `lower_bound` is the Lagrangian bound below which no choice of
-    these points can get at this budget.
+    these points can get at this budget. Where `max_distortion` was asked for instead, the cost is what was minimised,
+    `lower_bound` bounds the cost, and `budget` is what was reached.
     """
 
     choices: tuple[Choice, ...]
@@ -176,6 +179,7 @@ class Allocation:
     cost: float
     budget: Budget
     lower_bound: float
+    max_distortion: float | None = None
 
     def __post_init__(self) -> None:
         names = [choice.layer for choice in self.choices]
@@ -185,6 +189,8 @@ class Allocation:
             raise InternalError(f"an allocation of {self.cost:.17g} exceeds its budget of {self.budget.limit:.17g}")
         if not (math.isfinite(self.distortion) and math.isfinite(self.lower_bound)):
             raise InternalError("an allocation's distortion and bound must be finite")
+        if self.max_distortion is not None and not self.distortion <= self.max_distortion * (1 + ROUNDING):
+            raise InternalError(f"a distortion of {self.distortion:.17g} exceeds {self.max_distortion:.17g}")
 
     @property
     def share(self) -> float:
@@ -193,8 +199,9 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """How far from the optimum this can be at most: (distortion - bound) / distortion, never below 0."""
-        return max(0.0, 1 - self.lower_bound / self.distortion) if self.distortion > 0 else 0.0
+        """How far from the optimum this can be at most: (found - bound) / found, never below 0."""
+        found = self.distortion if self.max_distortion is None else self.cost
+        return max(0.0, 1 - self.lower_bound / found) if found > 0 else 0.0
 
     def choice(self, layer: str) -> Choice:
         """The choice made for one layer."""

@@ -102,3 +102,20 @@ def test_real_costs_lose_no_more_than_their_rounding(seed: int) -> None:
     assert sum(cost[pick] for cost, pick in zip(costs, picks, strict=True)) <= limit * (1 + 1e-12)
     assert bound <= best + 1e-12
     assert best - 1e-12 <= ours <= every_combination(costs, losses, limit - groups * limit / bins) + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_cheapest_within_a_distortion_against_every_combination(seed: int) -> None:
+    """Costs and distortions exchanged: what `cheapest_within` asks of the knapsack."""
+    rng = np.random.default_rng(seed)
+    groups, bins = int(rng.integers(1, 6)), 2000
+    costs = [rng.random(rng.integers(1, 6)) for _ in range(groups)]
+    losses = [rng.random(len(cost)) * 10 ** rng.uniform(-3, 0) for cost in costs]
+    least, most = sum(x.min() for x in losses), sum(x.max() for x in losses)
+    allowed = least + rng.random() * (most - least) + 1e-9
+    picks, bound = solve(losses, costs, allowed, bins=bins)
+    ours = sum(cost[pick] for cost, pick in zip(costs, picks, strict=True))
+    best = every_combination(losses, costs, allowed)
+    assert sum(loss[pick] for loss, pick in zip(losses, picks, strict=True)) <= allowed * (1 + 1e-12)
+    assert bound <= best + 1e-12
+    assert best - 1e-12 <= ours <= every_combination(losses, costs, allowed - groups * allowed / bins) + 1e-12
