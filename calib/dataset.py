@@ -138,7 +138,7 @@ def _check_complete(root: Path, part: str, names: Sequence[str]) -> None:
         what = "labels" if part == LABELS else "calibration"
         raise FrameError(
             f"{len(missing)} of {len(names)} frames of {root} have no {what}, first {part}/{missing[0]}.txt.",
-            fix="add the files, or move the frames without them elsewhere",
+            fix="add the files, or name the frames that have them (evaluate --names)",
         )
 
 

@@ -76,16 +76,16 @@ def evaluate(
     variant: str = "pruned",
     model: str | None = None,
     sensor: str | None = None,
-    seed: int = FIRST_SEED,
+    seed: int | None = None,
     advanced: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """AP by class, range and difficulty of a run's graphs (no torch) or of a checkpoint (torch).
 
     `data` is a folder in KITTI's layout, or "simulated": the frames of `seed`, `seed` + 1, ... of `sensor`, by default
-    that of the model's data set. `frames` is how many (default: all of a folder, 100 simulated) or, of a folder, their
-    names. `variant` picks a run's graphs; `model` names a checkpoint's configuration where its weights fit no built-in
-    model. With `out` that folder gets evaluation.json, evaluation.txt and precision_recall.png. `advanced(done, total)`
-    is called after each frame.
+    from FIRST_SEED on and of the model's data set. `frames` is how many (default: all of a folder, 100 simulated) or,
+    of a folder, their names. `variant` picks a run's graphs; `model` names a checkpoint's configuration where its
+    weights fit no built-in model. With `out` that folder gets evaluation.json, evaluation.txt and precision_recall.png.
+    `advanced(done, total)` is called after each frame.
 
     Raises UsageError for an unknown metric, unusable settings, a model that shares no class with the metric and frames
     that hold nothing to find, and what reading the run, the checkpoint and the data raises.
@@ -191,18 +191,24 @@ def _fitting_model(path: Path) -> str:
 
 
 def _source(
-    data: Path | str, frames: int | Sequence[str] | None, *, sensor: str | None, seed: int, config: DetectorConfig
+    data: Path | str,
+    frames: int | Sequence[str] | None,
+    *,
+    sensor: str | None,
+    seed: int | None,
+    config: DetectorConfig,
 ) -> _Source:
     count = frames if isinstance(frames, int) else None
     if count is not None and count < 1:
         raise UsageError(f"{count} frames show nothing.", fix="use one frame or more")
     if str(data) == SIMULATED:
         if frames is not None and count is None:
-            raise UsageError("simulated frames have no names.", fix="give their number")
+            raise UsageError("simulated frames have no names.", fix="give their number, and the seed of the first")
         kind = sensor if sensor is not None else SENSOR_OF_DATASET.get(config.dataset, "nuscenes32")
-        return _simulated(kind, count or DEFAULT_FRAMES, seed)
-    if sensor is not None:
-        raise UsageError("a sensor was named for frames that lie on disk.", fix="leave the sensor out")
+        return _simulated(kind, count or DEFAULT_FRAMES, FIRST_SEED if seed is None else seed)
+    for word, given in (("sensor", sensor), ("seed", seed)):
+        if given is not None:
+            raise UsageError(f"a {word} was given for frames that lie on disk.", fix=f"leave the {word} out")
     folder = open_dataset(data, None if frames is None or isinstance(frames, int) else tuple(frames))
     if count is not None and count > len(folder.names):
         raise UsageError(f"{data} holds {len(folder.names)} frames, not {count}.", fix="ask for fewer frames")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dm3d_deploy.cli.root import WORLD, Json, Quiet, app, counted, print_json
+from dm3d_deploy.errors import UsageError
 
 
 @app.command(rich_help_panel=WORLD)
@@ -59,6 +60,11 @@ def evaluate(
     data: Annotated[str, typer.Option(help="A labelled folder in KITTI's layout, or 'simulated'.")] = "simulated",
     metric: Annotated[str, typer.Option(help="nuscenes, kitti or once.")] = "nuscenes",
     frames: Annotated[int | None, typer.Option(help="How many [default: all of a folder, 100 simulated].")] = None,
+    names: Annotated[str | None, typer.Option(help="Frames of a folder by name, comma-separated.")] = None,
+    sensor: Annotated[
+        str | None, typer.Option(help="Of simulated frames: hdl64, nuscenes32 or once40 [default: the model's own].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first simulated frame [default: 1000000000].")] = None,
     model: Annotated[str | None, typer.Option(help="A checkpoint's configuration, where no known model fits.")] = None,
     variant: Annotated[str, typer.Option(help="Of a run: pruned or dense.")] = "pruned",
     out: Annotated[Path | None, typer.Option(help="Folder for JSON, text and precision-recall curves.")] = None,
@@ -68,10 +74,14 @@ def evaluate(
     """Average precision by class, range and difficulty, of a run's graphs or of a checkpoint."""
     from dm3d_deploy.evaluate import evaluate as run
 
+    if names is not None and frames is not None:
+        raise UsageError("--names and --frames were both given.", fix="give one of them")
+    chosen = frames if names is None else tuple(name.strip() for name in names.split(","))
     with counted("evaluate", quiet=quiet or as_json) as advanced:
         found = run(
-            subject, data=data, metric=metric, frames=frames, model=model, variant=variant, out=out, advanced=advanced
-        )
+            subject, data=data, metric=metric, frames=chosen, sensor=sensor, seed=seed, model=model, variant=variant,
+            out=out, advanced=advanced,
+        )  # fmt: skip
     if as_json:
         print_json(found.as_json())
     elif not quiet:

@@ -1,6 +1,7 @@
 """evaluate: a run without torch, a checkpoint with it, folders and simulated frames, files and refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,8 @@ def test_the_model_of_a_checkpoint_is_known_by_its_tensors(tmp_path) -> None:
         ({"sensor": "vlp16"}, "no simulated sensor 'vlp16'"),
         ({"seed": -1}, "training may have seen the frames of seed -1"),
         ({"seed": FIRST_TRAINING_SEED, "frames": 1}, "training may have seen the frames"),
-        ({"data": "FOLDER", "sensor": "hdl64"}, "a sensor was named for frames that lie on disk"),
+        ({"data": "FOLDER", "sensor": "hdl64"}, "a sensor was given for frames that lie on disk"),
+        ({"data": "FOLDER", "seed": 0}, "a seed was given for frames that lie on disk"),
         ({"data": "FOLDER", "frames": 3}, "holds 2 frames, not 3"),
         ({"data": "FOLDER", "frames": ["000009"]}, "has no frame '000009'"),
         ({"data": "nowhere"}, "nowhere is no labelled data set"),
@@ -115,6 +117,38 @@ def test_missing_labels_are_told_before_the_first_frame(tiny_run, tmp_path, fold
     with pytest.raises(FrameError, match=r"2 of 2 frames of .* have no labels, first label_2/000000.txt"):
         evaluate(tiny_run, data=tmp_path, advanced=lambda *step: told.append(step))
     assert told == []
+
+
+def test_named_frames_of_a_folder_where_others_have_no_labels(tiny_run, tmp_path, folder, cli) -> None:
+    copied = shutil.copytree(folder, tmp_path / "set")
+    (copied / "label_2" / "000000.txt").unlink()
+    code, _, err = cli("evaluate", tiny_run, "--data", copied)
+    assert code == 4
+    assert "name the frames that have them (evaluate --names)" in " ".join(err.split())
+    code, out, err = cli("evaluate", tiny_run, "--data", copied, "--names", " 000001", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["rows"] == evaluate(tiny_run, data=folder, frames=["000001"]).as_json()["rows"]
+
+
+def test_a_seed_and_a_sensor_choose_the_simulated_frames(tiny_run, cli) -> None:
+    code, out, _ = cli(
+        "evaluate", tiny_run, "--frames", 1, "--sensor", "hdl64", "--seed", FIRST_SEED + 1, "--metric", "once", "--json"
+    )
+    assert (code, json.loads(out)["data"]) == (0, "simulated hdl64 seeds 1000000001 to 1000000001")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--names", "000000", "--frames", "1"), "--names and --frames were both given"),
+        (("--names", "000000"), "simulated frames have no names"),
+        (("--names", "000001,", "--data", "FOLDER"), "has no frame ''"),
+    ],
+)
+def test_refusals_of_the_command(tiny_run, folder, cli, words, told: str) -> None:
+    code, _, err = cli("evaluate", tiny_run, *(str(folder) if word == "FOLDER" else word for word in words))
+    assert code == 2
+    assert told in " ".join(err.split())
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_first_frame(tiny_run, tmp_path) -> None:
