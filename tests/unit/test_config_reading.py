@@ -19,7 +19,7 @@ from dm3d_deploy.config import (
 from dm3d_deploy.errors import UsageError
 
 TINY = Path(__file__).parents[1] / "fixtures" / "centerpoint-tiny.yaml"
-CENTERPOINT = Path(load_config.__code__.co_filename).parent / "models/configs/centerpoint.yaml"
+CENTERPOINT = Path(load_config.__code__.co_filename).parents[1] / "models/configs/centerpoint.yaml"
 
 
 def without_name(config):

@@ -1,0 +1,27 @@
+"""What a detector is: OpenPCDet's YAML, read strictly into frozen values."""
+
+from dm3d_deploy.config.backbones import sparse_height
+from dm3d_deploy.config.reader import config_from_text, detector_names, load_config
+from dm3d_deploy.config.schema import (
+    Backbone2dConfig,
+    Backbone3dConfig,
+    Branch,
+    CenterHeadConfig,
+    DetectorConfig,
+    PostConfig,
+    VoxelConfig,
+)
+
+__all__ = [
+    "Backbone2dConfig",
+    "Backbone3dConfig",
+    "Branch",
+    "CenterHeadConfig",
+    "DetectorConfig",
+    "PostConfig",
+    "VoxelConfig",
+    "config_from_text",
+    "detector_names",
+    "load_config",
+    "sparse_height",
+]
