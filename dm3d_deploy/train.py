@@ -15,10 +15,9 @@ from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.errors import Dm3dError, StaleArtifact, UsageError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from dm3d_deploy.training.checkpoint import Progress
-    from dm3d_deploy.training.loop import LogRow, TrainSettings
+    from dm3d_deploy.training.log import Report
+    from dm3d_deploy.training.loop import TrainSettings
 
 PROCESSES = 2
 PLAN_NAME = "plan.json"
@@ -52,7 +51,7 @@ def train(
     processes: int = PROCESSES,
     crops: int = 2,
     peak_rate: float = 2e-3,
-    report: Callable[[LogRow], None] | None = None,
+    report: Report | None = None,
 ) -> Path:
     """Train `model` (a name or a YAML file) and return the path of its weights, `out`/weights.safetensors.
 
@@ -106,7 +105,7 @@ def _keep_plan(plan: TrainPlan) -> None:
         )
 
 
-def _run_team(plan: TrainPlan, settings: TrainSettings, report: Callable[[LogRow], None] | None) -> None:
+def _run_team(plan: TrainPlan, settings: TrainSettings, report: Report | None) -> None:
     """Train in this process and `processes` - 1 children, which end when it does."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder) / "meeting"
@@ -143,7 +142,7 @@ def _follow(plan: TrainPlan, rank: int, meeting: Path) -> None:
 
 
 def _work(
-    plan: TrainPlan, settings: TrainSettings, rank: int, meeting: Path, report: Callable[[LogRow], None] | None
+    plan: TrainPlan, settings: TrainSettings, rank: int, meeting: Path, report: Report | None
 ) -> Progress:
     import torch
 

@@ -44,7 +44,8 @@ def train(
     from dm3d_deploy.train import train as run
 
     def say(row: Any) -> None:
-        typer.echo(f"step {row.step:6d}  {row.active_s / 60:6.1f} min  heat {row.heat:8.4f}  box {row.box:8.4f}")
+        losses = "".join(f"  {name} {value:8.4f}" for name, value in row.losses.items())
+        typer.echo(f"step {row.step:6d}  {row.active_s / 60:6.1f} min{losses}")
 
     weights = run(
         model, out=out, minutes=minutes, init=init, resume=resume, processes=processes, seed=seed,

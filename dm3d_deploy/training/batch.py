@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
@@ -20,6 +21,15 @@ class Batch:
     shape_zyx: tuple[int, int, int]
     size: int
     targets: tuple[TaskTargets, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return replace(
+            self,
+            features=self.features.to(device),
+            coords=self.coords.to(device),
+            targets=tuple(target.to(device) for target in self.targets),
+        )
 
 
 # The batch of a step, by its number alone: whoever resumes at step n sees what an unbroken run would have seen.

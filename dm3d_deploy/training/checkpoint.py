@@ -19,11 +19,12 @@ WEIGHTS_NAME = "weights.safetensors"
 
 @dataclass(slots=True)
 class Progress:
-    """Where a training stands: steps, seconds that count, those at the last save, and how long the last step took."""
+    """Where a training stands: steps, seconds that count, those at the last save and score, and the last step's."""
 
     step: int = 0
     active_s: float = 0.0
     saved_s: float = 0.0
+    scored_s: float = 0.0
     step_s: float = 0.0
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from dm3d_deploy.models.detector import Detector
 from dm3d_deploy.models.sparse import SparseTensor
 from dm3d_deploy.training.batch import Batch, BatchSource
 from dm3d_deploy.training.checkpoint import Progress, load_training, save_training
+from dm3d_deploy.training.log import LogRow, Report, ScoreRow, StepValues, write_row
 from dm3d_deploy.training.losses import center_losses
 from dm3d_deploy.training.schedule import OneCycle
 from dm3d_deploy.training.team import Team
@@ -34,30 +34,24 @@ NORM_MOMENTUM = 0.01
 
 # A step counts at most this long: a process that was stopped did not train.
 LONGEST_STEP_S = 5.0
-LOG_NAME = "log.jsonl"
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+# The parts of a batch's loss by name; their sum is minimised.
+LossSource = Callable[[Batch], Mapping[str, Float[Tensor, ""]]]
+# Average precision (percent) by class, and its mean, of a detector in eval mode.
+Score = Callable[[Detector], Mapping[str, float | None]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogRow:
-    """Means over the steps since the row before."""
-
-    step: int
-    active_s: float
-    heat: float
-    box: float
-    gradient_norm: float
-    rate: float
-
-    @classmethod
-    def of(cls, progress: Progress, rate: float, values: list[tuple[float, float, float]]) -> LogRow:
-        """The row of these steps."""
-        heat, box, norm = (sum(column) / len(values) for column in zip(*values, strict=True))
-        return cls(step=progress.step, active_s=progress.active_s, heat=heat, box=box, gradient_norm=norm, rate=rate)
+class TrainingDiverged(Dm3dError):
+    """A loss or a gradient that is no number, seen by every process of a training alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """How to train. Exactly one of `minutes` (of work, pauses not counted) and `steps` ends it."""
+    """How to train. Exactly one of `minutes` (of work, pauses not counted) and `steps` ends it.
+
+    With `frozen_norms` batch norms keep their statistics and normalise with them, as the deployed detector will.
+    """
 
     minutes: float | None = None
     steps: int | None = None
@@ -65,14 +59,18 @@ class TrainSettings:
     weight_decay: float = 0.01
     clip_norm: float = 20.0
     save_every_s: float = 180.0
+    score_every_s: float = math.inf
     log_every: int = 50
     half_2d: bool = True
+    frozen_norms: bool = False
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
-            raise UsageError("the length of a training is given once.", fix="give minutes or steps")
+            raise UsageError("the length of a training is given once.", fix="give minutes, steps or epochs")
         if not (self.minutes or self.steps or 0) > 0:
             raise UsageError(f"a training of {self.minutes or self.steps} cannot be.", fix="give a positive length")
+        if not self.score_every_s > 0:
+            raise UsageError(f"a score every {self.score_every_s} s cannot be.", fix="give a positive time")
 
     def share_done(self, progress: Progress) -> float:
         """How much of the training is over, 0..1."""
@@ -117,111 +115,148 @@ def columns_multiplied(detector: Detector, scale: Float[Tensor, " columns"]) -> 
             weight.mul_(scale)
 
 
+def labelled_losses(detector: Detector, *, half_2d: bool) -> LossSource:
+    """The losses of the detector's head against the targets of a batch."""
+    branches = [[b.name for b in task if b.name != "hm"] for task in detector.config.head.branches]
+
+    def losses(batch: Batch) -> Mapping[str, Tensor]:
+        found = center_losses(raw_maps(detector, batch, half_2d=half_2d), batch.targets, branches)
+        return {"heat": found.heat, "box": found.box}
+
+    return losses
+
+
 def train_detector(
     detector: Detector,
     batches: BatchSource,
     settings: TrainSettings,
     *,
     out: Path,
+    losses: LossSource | None = None,
     resume: bool = False,
     team: Team | None = None,
     after_step: Callable[[], None] | None = None,
-    report: Callable[[LogRow], None] | None = None,
+    score: Score | None = None,
+    report: Report | None = None,
 ) -> Progress:
-    """Train the detector in place and leave it in eval mode; its state lies in `out`, from where `resume` goes on.
+    """Train the detector in place, where it lies, and leave it in eval mode; `resume` goes on from the state in `out`.
 
-    `after_step` runs behind every update: pruned weights are put back to zero there. Raises Dm3dError when the loss is
-    no number any more, or when a disk is full: the last checkpoint stays whole.
+    `losses` are minimised, by default those of labels; they see columns scaled by `column_scale`. `after_step` runs
+    behind every update: pruned weights are put back to zero there. `score` rates the detector every
+    `settings.score_every_s` seconds of work, and changes nothing. Raises TrainingDiverged when a loss is no number any
+    more, and OutputError when a disk is full: the last checkpoint stays whole.
     """
     team = team or Team()
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    _prepare(detector)
+    _prepare(detector, settings)
     optimiser = torch.optim.AdamW(detector.parameters(), lr=1e-4, weight_decay=settings.weight_decay, fused=True)
     progress = load_training(out, detector, optimiser) if resume else Progress()
-    scale = column_scale(detector)
-    since_log: list[tuple[float, float, float]] = []
-    with columns_multiplied(detector, scale):
+    run = _Run(
+        detector=detector, optimiser=optimiser, settings=settings, progress=progress, team=team, out=out,
+        losses=losses or labelled_losses(detector, half_2d=settings.half_2d), scale=column_scale(detector),
+    )  # fmt: skip
+    with columns_multiplied(detector, run.scale):
         while settings.share_done(progress) < 1:
             began = time.perf_counter()
-            rate = _set_rate(optimiser, settings, progress)
-            batch = batches(progress.step)
-            batch = replace(batch, features=batch.features * scale)
-            since_log.append(_update(detector, optimiser, batch, settings, team, progress))
+            rate = run.update(batches(progress.step))
             if after_step is not None:
                 after_step()
             progress.step += 1
             progress.step_s = time.perf_counter() - began
-            if progress.step % settings.log_every == 0 and team.leads:
-                _log(out, LogRow.of(progress, rate, since_log), report)
-            if progress.step % settings.log_every == 0:
-                since_log.clear()
+            if progress.step % settings.log_every == 0 or settings.share_done(progress) == 1:
+                run.log(rate, report)
+            if progress.active_s - progress.scored_s >= settings.score_every_s:
+                progress.scored_s = progress.active_s
+                if score is not None and team.leads:
+                    run.score(score, report)
             if progress.active_s - progress.saved_s >= settings.save_every_s:
-                _save(detector, optimiser, progress, scale, out, team)
-        _save(detector, optimiser, progress, scale, out, team)
+                run.save()
+        run.save()
     detector.eval()
     return progress
 
 
-def _prepare(detector: Detector) -> None:
-    for module in detector.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.momentum = NORM_MOMENTUM
+def _prepare(detector: Detector, settings: TrainSettings) -> None:
     for part in (detector.backbone_2d, detector.dense_head):
         part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in detector.modules():
+        if isinstance(module, NORMS):
+            module.momentum = NORM_MOMENTUM
+    _train_mode(detector, settings)
+
+
+def _train_mode(detector: Detector, settings: TrainSettings) -> None:
     detector.train()
+    for module in detector.modules():
+        if isinstance(module, NORMS) and settings.frozen_norms:
+            module.eval()
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, settings: TrainSettings, progress: Progress) -> float:
-    rate, momentum = settings.cycle.at(settings.share_done(progress))
-    for group in optimiser.param_groups:
-        group["lr"], group["betas"] = rate, (momentum, 0.99)
-    return rate
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """What the steps of one training share; the detector expects its columns times `scale`."""
+
+    detector: Detector
+    optimiser: torch.optim.Optimizer
+    settings: TrainSettings
+    progress: Progress
+    team: Team
+    out: Path
+    losses: LossSource
+    scale: Float[Tensor, " columns"]
+    since_log: list[StepValues] = field(default_factory=list)
+
+    def update(self, batch: Batch) -> float:
+        """One step of the optimiser with the team's mean gradient; its learning rate."""
+        rate, momentum = self.settings.cycle.at(self.settings.share_done(self.progress))
+        for group in self.optimiser.param_groups:
+            group["lr"], group["betas"] = rate, (momentum, 0.99)
+        batch = batch.to(self.scale.device)
+        losses = self.losses(replace(batch, features=batch.features * self.scale))
+        parts = torch.stack(list(losses.values()))
+        self.optimiser.zero_grad()
+        parts.sum().backward()
+        told = torch.cat([parts.detach(), parts.new_tensor([self.progress.step_s])])
+        *means, step_s = self.team.average_gradients(self.detector.parameters(), told).tolist()
+        self.progress.active_s += min(step_s, LONGEST_STEP_S)
+        norm = float(nn.utils.clip_grad_norm_(self.detector.parameters(), self.settings.clip_norm))
+        values = StepValues(losses=dict(zip(losses, means, strict=True)), gradient_norm=norm)
+        if not all(math.isfinite(value) for value in (*means, norm)):
+            raise _diverged(self.progress.step, values)
+        self.optimiser.step()
+        self.since_log.append(values)
+        return rate
+
+    def log(self, rate: float, report: Report | None) -> None:
+        """Tell the means since the last time; the first process does."""
+        if self.team.leads:
+            write_row(self.out, LogRow.of(self.progress.step, self.progress.active_s, rate, self.since_log), report)
+        self.since_log.clear()
+
+    def score(self, score: Score, report: Report | None) -> None:
+        """Rate the detector as it would be saved now; nothing that training depends on changes."""
+        self.detector.eval()
+        try:
+            with columns_multiplied(self.detector, 1 / self.scale):
+                ap_percent = score(self.detector)
+        finally:
+            _train_mode(self.detector, self.settings)
+        row = ScoreRow(step=self.progress.step, active_s=self.progress.active_s, ap_percent=ap_percent)
+        write_row(self.out, row, report)
+
+    def save(self) -> None:
+        """Write state and weights; the first process does, with everybody's batch-norm statistics."""
+        self.team.average_buffers(self.detector)
+        self.progress.saved_s = self.progress.active_s
+        if self.team.leads:
+            with columns_multiplied(self.detector, 1 / self.scale):
+                save_training(self.out, self.detector, self.optimiser, self.progress)
 
 
-def _update(
-    detector: Detector,
-    optimiser: torch.optim.Optimizer,
-    batch: Batch,
-    settings: TrainSettings,
-    team: Team,
-    progress: Progress,
-) -> tuple[float, float, float]:
-    """One step of the optimiser; the team's mean losses and the norm of the mean gradient."""
-    branches = [[b.name for b in task if b.name != "hm"] for task in detector.config.head.branches]
-    losses = center_losses(raw_maps(detector, batch, half_2d=settings.half_2d), batch.targets, branches)
-    optimiser.zero_grad()
-    losses.total.backward()
-    told = torch.stack([losses.heat.detach(), losses.box.detach(), losses.heat.new_tensor(progress.step_s)])
-    heat, box, step_s = team.average_gradients(detector.parameters(), told).tolist()
-    progress.active_s += min(step_s, LONGEST_STEP_S)
-    norm = float(nn.utils.clip_grad_norm_(detector.parameters(), settings.clip_norm))
-    if not all(math.isfinite(value) for value in (heat, box, norm)):
-        raise Dm3dError(
-            f"the training diverged at step {progress.step}: heat loss {heat}, box loss {box}, gradient norm {norm}.",
-            fix="resume from the last checkpoint, which is whole, or start again with a lower peak rate",
-        )
-    optimiser.step()
-    return heat, box, norm
-
-
-def _log(out: Path, row: LogRow, report: Callable[[LogRow], None] | None) -> None:
-    with disk_errors(out / LOG_NAME), (out / LOG_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
-    if report is not None:
-        report(row)
-
-
-def _save(
-    detector: Detector,
-    optimiser: torch.optim.Optimizer,
-    progress: Progress,
-    scale: Float[Tensor, " columns"],
-    out: Path,
-    team: Team,
-) -> None:
-    team.average_buffers(detector)
-    progress.saved_s = progress.active_s
-    if team.leads:
-        with columns_multiplied(detector, 1 / scale):
-            save_training(out, detector, optimiser, progress)
+def _diverged(step: int, values: StepValues) -> TrainingDiverged:
+    losses = ", ".join(f"{name} loss {value:g}" for name, value in values.losses.items())
+    return TrainingDiverged(
+        f"the training diverged at step {step}: {losses}, gradient norm {values.gradient_norm:g}.",
+        fix="resume from the last checkpoint, which is whole, or start again with a lower peak rate",
+    )

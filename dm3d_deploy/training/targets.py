@@ -30,6 +30,10 @@ class TaskTargets:
     cells: Int64[Tensor, " objects"]
     values: Float32[Tensor, "objects channels"]
 
+    def to(self, device: torch.device) -> TaskTargets:
+        """The targets on a device."""
+        return TaskTargets(heat=self.heat.to(device), cells=self.cells.to(device), values=self.values.to(device))
+
 
 def gaussian_radius(length: float, width: float, overlap: float = GAUSSIAN_OVERLAP) -> float:
     """How far (cells) both corners of a box may move for the IoU to stay at `overlap` (OpenPCDet's gaussian_radius).

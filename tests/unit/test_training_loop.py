@@ -9,13 +9,14 @@ import pytest
 import torch
 from models_sample import small_config
 
-from dm3d_deploy.errors import CheckpointError, Dm3dError, UsageError
+from dm3d_deploy.errors import CheckpointError, OutputError, UsageError
 from dm3d_deploy.models.checkpoints import load_checkpoint
 from dm3d_deploy.models.detector import build_detector
 from dm3d_deploy.pointcloud import Boxes3D
 from dm3d_deploy.training.batch import Batch
 from dm3d_deploy.training.checkpoint import STATE_NAME, WEIGHTS_NAME, Progress, save_half
-from dm3d_deploy.training.loop import COLUMN_SCALE, LOG_NAME, TrainSettings, raw_maps, train_detector
+from dm3d_deploy.training.log import LOG_NAME, LogRow, ScoreRow
+from dm3d_deploy.training.loop import COLUMN_SCALE, TrainingDiverged, TrainSettings, raw_maps, train_detector
 from dm3d_deploy.training.schedule import OneCycle
 from dm3d_deploy.training.start import start_weights
 from dm3d_deploy.training.targets import center_targets, collate
@@ -77,10 +78,10 @@ def test_it_learns(tmp_path) -> None:
     made = detector()
     train_detector(made, batches, settings_for(), out=tmp_path, report=rows.append)
     assert [row.step for row in rows] == [10, 20, 30, 40]
-    assert rows[-1].heat < 0.5 * rows[0].heat
+    assert rows[-1].losses["heat"] < 0.5 * rows[0].losses["heat"]
     assert not made.training
     logged = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
-    assert [row["heat"] for row in logged] == [row.heat for row in rows]
+    assert [row["heat"] for row in logged] == [row.losses["heat"] for row in rows]
 
 
 def test_saved_weights_are_those_in_memory(tmp_path) -> None:
@@ -88,6 +89,7 @@ def test_saved_weights_are_those_in_memory(tmp_path) -> None:
     made, again = detector(), build_detector(CONFIG)
     train_detector(made, batches, settings_for(5), out=tmp_path)
     load_checkpoint(again, tmp_path / WEIGHTS_NAME)
+    assert len((tmp_path / LOG_NAME).read_text().splitlines()) == 1  # a run shorter than a row still tells its losses
     for name, value in made.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert int(again.global_step) == 5
@@ -116,12 +118,58 @@ def test_a_resumed_training_equals_an_unbroken_one(tmp_path) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_scores_come_as_asked_and_change_nothing(tmp_path) -> None:
+    """Scored or not, interrupted and resumed or not, the weights are the same bits; only saved weights are scored."""
+    plain, scored, resumed = detector(), detector(), build_detector(CONFIG)
+    train_detector(plain, batches, settings_for(6), out=tmp_path / "plain")
+    seen, rows = [], []
+
+    def score(given):
+        assert not given.training
+        assert not any(module.training for module in given.modules())
+        seen.append(given.state_dict()["backbone_3d.conv_input.0.weight"].clone())
+        return {"car": 50.0, "mean": 50.0}
+
+    def interrupted(step):
+        if step == 4:
+            raise KeyboardInterrupt
+        return batches(step)
+
+    often = settings_for(6, score_every_s=1e-9, save_every_s=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(scored, interrupted, often, out=tmp_path / "scored", score=score, report=rows.append)
+    saved = build_detector(CONFIG)
+    load_checkpoint(saved, tmp_path / "scored" / WEIGHTS_NAME)
+    assert torch.equal(seen[-1], saved.state_dict()["backbone_3d.conv_input.0.weight"])
+    train_detector(resumed, batches, often, out=tmp_path / "scored", score=score, resume=True, report=rows.append)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    scores = [row for row in rows if isinstance(row, ScoreRow)]
+    assert [row.step for row in scores] == [2, 3, 4, 5, 6]  # no time is known behind the first step
+    logged = [json.loads(line) for line in (tmp_path / "scored" / LOG_NAME).read_text().splitlines()]
+    assert [row["ap_percent"] for row in logged if "ap_percent" in row] == [{"car": 50.0, "mean": 50.0}] * 5
+    assert [row.step for row in rows if isinstance(row, LogRow)] == [6]
+    with pytest.raises(UsageError, match="a score every 0 s cannot be"):
+        settings_for(score_every_s=0)
+
+
+def test_frozen_norms_keep_their_statistics_and_learn_their_scales(tmp_path) -> None:
+    made = detector()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    train_detector(made, batches, settings_for(3, frozen_norms=True), out=tmp_path)
+    after = made.state_dict()
+    running = [name for name in after if "running" in name]
+    assert len(running) > 20
+    assert all(torch.equal(before[name], after[name]) for name in running)
+    assert not torch.equal(before["backbone_2d.blocks.0.2.weight"], after["backbone_2d.blocks.0.2.weight"])
+
+
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path) -> None:
     def poisoned(step):
         batch = batches(step)
         return batch if step < 3 else replace(batch, features=batch.features * float("nan"))
 
-    with pytest.raises(Dm3dError, match=r"diverged at step 3: heat loss nan.*resume from the last checkpoint"):
+    with pytest.raises(TrainingDiverged, match=r"diverged at step 3: heat loss nan.*resume from the last checkpoint"):
         train_detector(detector(), poisoned, settings_for(save_every_s=0.0), out=tmp_path)
     load_checkpoint(build_detector(CONFIG), tmp_path / WEIGHTS_NAME)
     load_checkpoint(build_detector(CONFIG), tmp_path / STATE_NAME)
@@ -135,7 +183,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dm3d_deploy.artifacts._write_bytes", full)
-    with pytest.raises(Dm3dError, match="disk is full"):
+    with pytest.raises(OutputError, match="disk is full"):
         train_detector(detector(), batches, settings_for(2), out=tmp_path)
     assert (tmp_path / WEIGHTS_NAME).read_bytes() == before
 
