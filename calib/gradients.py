@@ -50,6 +50,7 @@ def sketch_gradients(
     """Gradient rows of one frame: layer name -> Float32[sketches, *weight shape].
 
     `settings`: `layers` (names), `scale` (OutputScale.as_json), `sketches`, `seed`, `lambda_box`, `lambda_score`.
+    No sketch means one row, the gradient of the plain sum of y, as the paper prints it.
     """
     scale = OutputScale.from_json(settings["scale"])
     names: list[str] = list(settings["layers"])
@@ -63,11 +64,12 @@ def sketch_gradients(
         maps, cells, scale, lambda_box=settings["lambda_box"], lambda_score=settings["lambda_score"]
     )
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    count = int(settings["sketches"])
-    for sketch in range(count):
+    sketches = int(settings["sketches"])
+    for sketch in range(max(1, sketches)):
         rng = np.random.Generator(np.random.PCG64([int(settings["seed"]), frame, sketch]))
-        projection = torch.stack([(signs(piece.shape, rng) * piece).sum() for piece in outputs]).sum()
-        gradients = torch.autograd.grad(projection, weights, retain_graph=sketch + 1 < count)
+        signed = [signs(piece.shape, rng) * piece if sketches else piece for piece in outputs]
+        projection = torch.stack([piece.sum() for piece in signed]).sum()
+        gradients = torch.autograd.grad(projection, weights, retain_graph=sketch + 1 < sketches)
         for name, gradient in zip(names, gradients, strict=True):
             rows[name].append(gradient.numpy())
     return {name: np.stack(row) for name, row in rows.items()}

@@ -11,6 +11,8 @@ from dm3d_deploy.errors import UsageError, nearest
 SCOPES = ("backbone", "model")
 PATTERNS = ("auto", "unstructured")
 PRECISIONS = ("fp16", "fp32")
+METHODS = ("dm3d", "uniform", "erk", "lamp", "taylor", "paper-eq13")
+RECOVERIES = ("none", "bn", "reconstruct")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,16 +21,19 @@ class Recipe:
 
     `model` is a name or a YAML path, `frames` is `simulated`, a file or a folder. Of the frames, `calibration_frames`
     rank and price the weights, `selection_frames` accept or refuse the recovery, `held_out_frames` only report.
+    `method` is DM3D or a baseline to hold it against; no `sketches` at all is the plain sum of paper-eq13.
     """
 
     model: str
     target: float
+    method: str = "dm3d"
     checkpoint: str | None = None
     frames: str = "simulated"
     scope: str = "backbone"
     patterns: str = "auto"
     device: str = "auto"
     precision: str = "fp16"
+    recover: str = "bn"
     calibration_frames: int = 8
     selection_frames: int = 2
     held_out_frames: int = 4
@@ -51,14 +56,30 @@ class Recipe:
             ("scope", self.scope, SCOPES),
             ("patterns", self.patterns, PATTERNS),
             ("precision", self.precision, PRECISIONS),
+            ("method", self.method, METHODS),
+            ("recover", self.recover, RECOVERIES),
         ):
             if value not in known:
                 raise UsageError(f"--{name} {value} is unknown.", fix=nearest(value, known))
-        for name in ("calibration_frames", "held_out_frames", "sketches", "ratios", "box_cells", "bench_repeats"):
+        for name in ("calibration_frames", "held_out_frames", "ratios", "box_cells", "bench_repeats"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}.", fix="give at least 1")
         if self.selection_frames < 0 or self.seed < 0:
             raise UsageError("selection_frames and seed cannot be negative.", fix="give 0 or more")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.method != "dm3d" and self.patterns != "unstructured":
+            raise UsageError(
+                f"--method {self.method} prunes weights freely, which --patterns {self.patterns} does not mean.",
+                fix="add --patterns unstructured",
+            )
+        plain = self.method == "paper-eq13"
+        if self.sketches < 0 or plain != (self.sketches == 0):
+            raise UsageError(
+                f"sketches is {self.sketches} for the method {self.method}.",
+                fix="give at least 1; paper-eq13 takes 0, the gradient of the plain sum",
+            )
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, every field."""

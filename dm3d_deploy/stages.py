@@ -25,6 +25,7 @@ FILES = {
     "masks_info": "work/masks.json",
     "pruned_weights": "weights/pruned.safetensors",
     "recovery": "work/recovery.json",
+    "recovery_seconds": "work/recovery_seconds.json",
     "dense_bev_head": "onnx/dense/bev_head.onnx",
     "dense_backbone3d": "onnx/dense/backbone3d.onnx",
     "bev_head": "onnx/bev_head.onnx",
@@ -98,20 +99,21 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="curves", says="price every ratio of every layer", run="dm3d_deploy.steps.prune:curves",
         reads=("dense_weights", "gradients", "layers"), writes=("curves", "scores"),
-        recipe=("ratios", "damping", "kappa"),
+        recipe=("method", "ratios", "damping", "kappa"),
     ),
     Stage(
         name="allocate", says="spend the budget", run="dm3d_deploy.steps.prune:allocate",
-        reads=("layers", "curves"), writes=("allocation",), recipe=("target", "scope", "patterns", "device"),
+        reads=("layers", "curves", "scores"), writes=("allocation",),
+        recipe=("method", "target", "scope", "patterns", "device"),
     ),
     Stage(
         name="mask", says="choose the weights", run="dm3d_deploy.steps.prune:mask",
         reads=("layers", "allocation", "scores"), writes=("masks", "masks_info"), recipe=("ratios",),
     ),
     Stage(
-        name="recover", says="re-estimate batch norm", run="dm3d_deploy.steps.prune:recover",
+        name="recover", says="make good what pruning broke", run="dm3d_deploy.steps.recover:recover",
         reads=("model_config", "dense_weights", "masks", "frames", "frames_info", "output_scale"),
-        writes=("pruned_weights", "recovery"), recipe=("lambda_box", "lambda_score", "box_cells"),
+        writes=("pruned_weights", "recovery"), recipe=("recover", "lambda_box", "lambda_score", "box_cells", "seed"),
     ),
     Stage(
         name="export", says="write ONNX", run="dm3d_deploy.steps.deploy:export",

@@ -1,4 +1,4 @@
-"""Recovery without labels: batch-norm statistics re-estimated behind pruned weights, accepted only on evidence."""
+"""Recovery without labels: which steps there are, batch-norm statistics, and acceptance on evidence alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from jaxtyping import Float
 
 from dm3d_deploy.errors import InternalError
 
+# What `recover` in a recipe means: the steps, in order, each judged on its own.
+STEPS_OF: dict[str, tuple[str, ...]] = {"none": (), "bn": ("bn",), "reconstruct": ("reconstruct", "bn")}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acceptance:
-    """Whether a recovery is taken: mean distortion on the selection frames before and after it."""
+    """Whether a step of recovery is taken: mean distortion on the selection frames before and after it."""
 
+    method: str
     before: float
     after: float
     accepted: bool
@@ -41,13 +45,13 @@ def mean_statistics(
     }
 
 
-def judge(before: Sequence[float], after: Sequence[float]) -> Acceptance:
-    """Accept a recovery when the mean distortion of the selection frames falls; NaN and no frames are refusals."""
+def judge(method: str, before: Sequence[float], after: Sequence[float]) -> Acceptance:
+    """Accept a step when the mean distortion of the selection frames falls; NaN and no frames are refusals."""
     if not before or len(before) != len(after):
         raise InternalError(f"a recovery is judged on the same frames, not {len(before)} and {len(after)}")
     first, second = math.fsum(before) / len(before), math.fsum(after) / len(after)
     if second < first:
         reason = f"the distortion of {len(before)} selection frames fell from {first:.4g} to {second:.4g}"
-        return Acceptance(before=first, after=second, accepted=True, reason=reason)
+        return Acceptance(method=method, before=first, after=second, accepted=True, reason=reason)
     reason = f"the distortion of {len(before)} selection frames did not fall: {first:.4g} before, {second:.4g} after"
-    return Acceptance(before=first, after=second, accepted=False, reason=reason)
+    return Acceptance(method=method, before=first, after=second, accepted=False, reason=reason)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
@@ -23,10 +21,9 @@ from dm3d_deploy.pruning.macs import executed_macs, kept_macs
 from dm3d_deploy.pruning.masks import masks_of
 from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import eligible_patterns, is_2_4, ratio_grid, taps_from_native
-from dm3d_deploy.pruning.ranking import scores as rank
-from dm3d_deploy.pruning.recovery import judge, mean_statistics
 from dm3d_deploy.stages import RunContext
-from dm3d_deploy.steps.frame_work import Pieces, distortions, frame_job, frames_of, outputs_of
+from dm3d_deploy.steps.baseline import PAPER, baseline_allocation, printed_objective, scores_of
+from dm3d_deploy.steps.frame_work import frame_job, frames_of
 from dm3d_deploy.steps.layers import (
     allocation_as_json,
     in_scope,
@@ -83,11 +80,14 @@ def curves(run: RunContext) -> None:
             layer = layers[name]
             weight = weights.get_tensor(f"{name}.weight")
             gradient = np.concatenate([handle.get_tensor(name) for handle in handles])
-            mean_square = np.square(gradient, dtype=np.float64).mean(axis=0)
-            scores[name] = rank(weight, mean_square, damping=run.recipe.damping).astype(np.float32)
+            scores[name] = scores_of(run.recipe.method, weight, gradient, run.recipe.damping)
             for pattern in eligible_patterns(layer, ALL_PATTERNS)[0]:
                 curve = layer_curve(layer, weight, gradient, scores[name], pattern, grid, kappa=run.recipe.kappa)
                 rows.append(_curve_as_json(curve))
+                if run.recipe.method == PAPER and pattern == "unstructured":
+                    rows[-1]["signed"] = printed_objective(
+                        layer, weight, gradient, scores[name], grid, run.recipe.kappa
+                    )
             run.watch.advanced(done + 1, len(names))
     write_bytes(run.path("scores"), save(scores))
     write_json(run.path("curves"), rows)
@@ -104,7 +104,8 @@ def _curve_as_json(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _read_curves(run: RunContext) -> list[Curve]:
+def read_curves(run: RunContext) -> list[Curve]:
+    """The curves that the stage `curves` wrote."""
     rows = json.loads(run.path("curves").read_text(encoding="utf-8"))
     return [
         Curve(
@@ -124,7 +125,7 @@ def allocate(run: RunContext) -> None:
     layers = in_scope(read_layers(run.path("layers")), run.recipe.scope)
     offered = {cast(Pattern, pattern) for device in devices_from(run.recipe.device) for pattern in device.patterns}
     by_layer: dict[str, list[Curve]] = {}
-    for curve in _read_curves(run):
+    for curve in read_curves(run):
         by_layer.setdefault(curve.layer, []).append(curve)
     items: list[tuple[Choice, ...]] = []
     skipped = []
@@ -140,7 +141,11 @@ def allocate(run: RunContext) -> None:
         items.append(items_for(layer, usable, run.recipe.patterns))
     dense = math.fsum(layer.macs for layer in layers)
     budget = Budget(value=run.recipe.target, denominator=dense, scope=cast(Scope, run.recipe.scope))
-    allocation = allocate_budget(items, budget=budget, fixed_cost=fixed)
+    if run.recipe.method == "dm3d":
+        allocation = allocate_budget(items, budget=budget, fixed_cost=fixed)
+    else:
+        free = [layer for layer in layers if not layer.final]
+        allocation = baseline_allocation(run, free, read_curves(run), budget, fixed)
     write_json(run.path("allocation"), {**allocation_as_json(allocation), "skipped": skipped})
 
 
@@ -173,36 +178,3 @@ def mask(run: RunContext) -> None:
 
 def _may_be_2_4(layer: Layer) -> bool:
     return layer.kind != "sparse" and layer.inputs % 4 == 0
-
-
-def recover(run: RunContext) -> None:
-    """Re-estimate batch norm behind the masks; keep it only if the distortion of the selection frames falls."""
-    selection, calibration = frames_of(run, "selection"), frames_of(run, "calibration")
-    state = load_file(run.path("dense_weights"))
-    masks = load_file(run.path("masks"))
-    masked = {**state, **{f"{name}.weight": state[f"{name}.weight"] * keep for name, keep in masks.items()}}
-    if not selection:
-        write_bytes(run.path("pruned_weights"), save(masked))
-        reason = "no frame could be spared to judge it; give more frames"
-        write_json(run.path("recovery"), {"method": "none", "accepted": False, "reason": reason})
-        return
-    pieces = Pieces(run, 3 * len(selection) + len(calibration))
-    trial = run.root / "work" / ".trial.safetensors"
-    write_bytes(trial, save(masked))
-    dense = outputs_of(run, run.path("dense_weights"), selection, pieces.done)
-    pieces.next_job(len(selection))
-    before = distortions(run, dense, outputs_of(run, trial, selection, pieces.done))
-    pieces.next_job(len(selection))
-    job = frame_job(run, "statistics", calibration, weights=trial, folder=".statistics", settings={})
-    files = run.pool.run(job, advanced=lambda done, _: pieces.done(done))
-    statistics = mean_statistics([load_file(file) for file in files])
-    pieces.next_job(len(calibration))
-    renamed = {f"{k.rsplit('.', 1)[0]}.running_{k.rsplit('.', 1)[1]}": v for k, v in statistics.items()}
-    recovered = {**masked, **renamed}
-    write_bytes(trial, save(recovered))
-    after = distortions(run, dense, outputs_of(run, trial, selection, pieces.done))
-    verdict = judge(before, after)
-    write_bytes(run.path("pruned_weights"), save(recovered if verdict.accepted else masked))
-    write_json(run.path("recovery"), {"method": "batch-norm re-estimation", **asdict(verdict)})
-    trial.unlink()
-    shutil.rmtree(run.root / "work" / ".statistics")

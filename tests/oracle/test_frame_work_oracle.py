@@ -120,12 +120,12 @@ def test_taking_statistics_leaves_the_detector_in_eval_mode(detector):
 
 
 def test_recovery_is_judged_by_the_mean_and_refuses_nan():
-    assert judge([2.0, 4.0], [1.0, 4.9]).accepted
-    assert not judge([1.0], [1.0]).accepted
-    assert not judge([1.0], [float("nan")]).accepted
-    assert "did not fall: 1 before, 2 after" in judge([1.0], [2.0]).reason
+    assert judge("x", [2.0, 4.0], [1.0, 4.9]).accepted
+    assert not judge("x", [1.0], [1.0]).accepted
+    assert not judge("x", [1.0], [float("nan")]).accepted
+    assert "did not fall: 1 before, 2 after" in judge("x", [1.0], [2.0]).reason
     with pytest.raises(InternalError, match="same frames"):
-        judge([], [])
+        judge("x", [], [])
     with pytest.raises(InternalError, match="at least one frame"):
         mean_statistics([])
 

@@ -1,0 +1,83 @@
+"""Least squares for the weights that a mask keeps: what a layer should compute, from what it now sees.
+
+As optimal brain compression and SparseGPT do for one layer at a time, with the mask given: of every output channel the
+kept weights are chosen anew, so that the layer's output on calibration inputs comes closest to the dense model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64
+
+from dm3d_deploy.errors import InternalError
+
+
+@dataclass(slots=True)
+class Moments:
+    """Sums over rows of inputs x and wanted outputs y, enough for every least-squares problem between them."""
+
+    rows: int
+    x: Float64[np.ndarray, " inputs"]
+    y: Float64[np.ndarray, " outputs"]
+    xx: Float64[np.ndarray, "inputs inputs"]
+    xy: Float64[np.ndarray, "inputs outputs"]
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int) -> Moments:
+        """Sums over nothing."""
+        return cls(0, np.zeros(inputs), np.zeros(outputs), np.zeros((inputs, inputs)), np.zeros((inputs, outputs)))
+
+    def add(self, x: Float[np.ndarray, "rows inputs"], y: Float[np.ndarray, "rows outputs"]) -> None:
+        """Add rows: products in the arrays' own precision, sums in float64."""
+        if len(x) != len(y):
+            raise InternalError(f"{len(x)} rows of inputs and {len(y)} of outputs do not belong together")
+        self.rows += len(x)
+        self.x += x.sum(axis=0, dtype=np.float64)
+        self.y += y.sum(axis=0, dtype=np.float64)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refit:
+    """New weights, zero where the mask is, and what to add to each output."""
+
+    weight: Float64[np.ndarray, "inputs outputs"]
+    offset: Float64[np.ndarray, " outputs"]
+
+
+def refit(
+    moments: Moments,
+    weight: Float[np.ndarray, "inputs outputs"],
+    keep: Bool[np.ndarray, "inputs outputs"],
+    *,
+    damping: float,
+) -> Refit:
+    """Minimise mean ||y - x W - offset||^2 + damping * d * ||W - weight||^2 over the kept entries of each column of W.
+
+    d is the mean variance of the inputs, so that `damping` has no unit; it holds weights near where they were in
+    directions that the rows do not excite. Columns of equal masks share one factorisation.
+    """
+    if moments.rows < 1 or damping <= 0 or not weight.shape == keep.shape == moments.xy.shape:
+        raise InternalError(
+            f"weights {weight.shape}, masks {keep.shape} and {moments.rows} rows of {moments.xy.shape} make no "
+            f"least-squares problem with damping {damping:g}"
+        )
+    mean_x, mean_y = moments.x / moments.rows, moments.y / moments.rows
+    gram = moments.xx / moments.rows - np.outer(mean_x, mean_x)
+    cross = moments.xy / moments.rows - np.outer(mean_x, mean_y)
+    ridge = damping * max(float(np.trace(gram)) / len(gram), np.finfo(np.float32).tiny)
+    found = np.where(keep, weight.astype(np.float64), 0.0)
+    masks, group_of = np.unique(keep, axis=1, return_inverse=True)
+    for group, mask in enumerate(masks.T):
+        kept, columns = np.flatnonzero(mask), np.flatnonzero(group_of.ravel() == group)
+        if not len(kept):
+            continue
+        square = gram[np.ix_(kept, kept)]
+        start = found[np.ix_(kept, columns)]
+        wanted = cross[np.ix_(kept, columns)] - square @ start
+        square[np.diag_indices(len(kept))] += ridge
+        found[np.ix_(kept, columns)] = start + np.linalg.solve(square, wanted)
+    return Refit(weight=found, offset=mean_y - mean_x @ found)
