@@ -64,12 +64,14 @@ def build(
     first: str | None = None,
     last: str | None = None,
     watch: Watch | None = None,
+    pool: FramePool | None = None,
 ) -> Manifest:
     """Build `recipe` into the folder `out` and return its manifest.
 
     Stages whose inputs, recipe fields and tool versions are those of the last time are skipped; `first` forces that
-    stage and all after it, `last` stops behind a stage. Raises VerificationFailed when the comparison of the deployed
-    pipeline with the detector failed (the report is written first), and the errors of each stage.
+    stage and all after it, `last` stops behind a stage, `pool` works for several builds in a row. Raises
+    VerificationFailed when the comparison of the deployed pipeline with the detector failed (the report is written
+    first), and the errors of each stage.
     """
     root = out if out is not None else default_out(recipe)
     wanted = _window(first, last)
@@ -79,12 +81,12 @@ def build(
     _refuse_foreign_folder(root, recipe)
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-    with _locked(root), FramePool() as pool:
+    with _locked(root), contextlib.nullcontext(pool) if pool is not None else FramePool() as workers:
         for leftover in list(root.rglob("*.partial")):
             _remove(leftover)
         book = _Book.open(root, recipe)
         try:
-            _run_stages(book, wanted, first is not None, eye, pool)
+            _run_stages(book, wanted, first is not None, eye, workers)
         except Dm3dError:
             book.leave_no_trace()
             raise
