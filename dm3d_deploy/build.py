@@ -39,7 +39,6 @@ from dm3d_deploy.recipe import Recipe, recipe_from_mapping
 from dm3d_deploy.stages import FILES, STAGE_NAMES, STAGES, RunContext, Stage
 
 TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "safetensors")
-ENGINE_TOOLS = ("tensorrt-rtx",)
 PACKAGES = ("calib", "dm3d_deploy", "engines", "exporters")
 
 
@@ -234,15 +233,12 @@ class _Book:
             step = self.step(producer.name)
             inputs[kind] = [a.digest for a in step.outputs if a.kind == kind] if step else []
         recipe = self.recipe.as_json()
-        tools = dict(self.manifest.tools)
-        if not stage.reproducible:
-            tools.update(tool_versions(ENGINE_TOOLS))
         content: Mapping[str, Any] = {
             "stage": stage.name,
             "inputs": inputs,
             "recipe": {name: recipe[name] for name in stage.recipe},
             "outside": {name: outside_digest(name, self.recipe) for name in stage.outside},
-            "tools": tools,
+            "tools": {**self.manifest.tools, **tool_versions(stage.tools)},
         }
         return digest_of_bytes(canonical_json(content).encode())
 

@@ -31,6 +31,8 @@ FILES = {
     "bev_head": "onnx/bev_head.onnx",
     "backbone3d": "onnx/backbone3d.onnx",
     "export_info": "work/export.json",
+    "plan": "engines/backbone3d/backbone3d.plan",
+    "plan_info": "engines/backbone3d/resources.json",
     "bev_head_engine": "engines/bev_head.rtx.engine",
     "engines_info": "engines/engines.json",
     "engine_layers": "engines/bev_head.rtx.engine.layers.json",
@@ -49,8 +51,9 @@ class Stage:
     """One step of the line.
 
     `reads` and `writes` are kinds of FILES, `recipe` the recipe fields it depends on, `outside` the inputs that lie
-    outside the run. A `transient` output may be deleted once the next stage is done; what is not `reproducible`
-    (times, the machine) is recorded in measurements.json, not in the manifest.
+    outside the run, `tools` the packages whose versions decide it beside those of every stage. A `transient` output
+    may be deleted once the next stage is done; what is not `reproducible` (times, the machine) is recorded in
+    measurements.json, not in the manifest.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Stage:
     writes: tuple[str, ...] = ()
     recipe: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     transient: bool = False
     reproducible: bool = True
@@ -121,9 +125,14 @@ STAGES: tuple[Stage, ...] = (
         writes=("bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d", "export_info"), recipe=("precision",),
     ),
     Stage(
+        name="plan", says="plan the 3D engine", run="dm3d_deploy.steps.plan3d:plan3d",
+        reads=("model_config", "frames", "frames_info", "backbone3d"), writes=("plan_info",), optional=("plan",),
+        recipe=("device", "precision"), tools=("triton",),
+    ),
+    Stage(
         name="engine", says="build engines", run="dm3d_deploy.steps.deploy:engine",
         reads=("bev_head",), writes=("engines_info",), optional=("bev_head_engine", "engine_layers", "engine_log"),
-        recipe=("device", "precision"), reproducible=False,
+        recipe=("device", "precision"), tools=("tensorrt-rtx",), reproducible=False,
     ),
     Stage(
         name="verify", says="compare with the detector in torch", run="dm3d_deploy.steps.verify:verify",
@@ -140,8 +149,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="report", says="write the report", run="dm3d_deploy.steps.report:report",
         reads=("model_config", "model_info", "frames", "frames_info", "layers", "allocation", "masks_info", "recovery",
-               "export_info", "engines_info", "output_scale", "verification", "dense_detections", "pruned_detections",
-               "latency"),
+               "export_info", "plan", "plan_info", "engines_info", "output_scale", "verification", "dense_detections",
+               "pruned_detections", "latency"),
         writes=("report", "report_page"),
         recipe=("target", "scope", "patterns", "device", "precision"), reproducible=False,
     ),

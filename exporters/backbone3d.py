@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -177,8 +177,13 @@ class _Assembly:
         self.body.op("Cast", counts, to=TensorProto.INT32, output="status")
 
 
-def backbone_model(layers: Sequence[SparseLayer], *, grid_zyx: Triple, max_voxels: int) -> onnx.ModelProto:
-    """The whole model from plain layers; `grid_zyx` is the sparse grid of the input."""
+def backbone_model(
+    layers: Sequence[SparseLayer], *, grid_zyx: Triple, max_voxels: int, plan_file: str = ""
+) -> onnx.ModelProto:
+    """The whole model from plain layers; `grid_zyx` is the sparse grid of the input.
+
+    `plan_file` tells the TensorRT plugin where the node's plan lies, relative to the folder in which TensorRT runs.
+    """
     assembly = _Assembly(layers, grid_zyx)
     features = assembly.enter()
     for layer in layers:
@@ -186,10 +191,11 @@ def backbone_model(layers: Sequence[SparseLayer], *, grid_zyx: Triple, max_voxel
     channels = len(layers[-1].bias)
     assembly.leave(features, channels)
     inputs, outputs = ["features", "coords", "count"], ["bev", "status"]
-    main = assembly.body.function(NODE, inputs, outputs, ["grid", "max_voxels"])
-    node = helper.make_node(
-        NODE, inputs, outputs, name="backbone_3d", domain=fn.DOMAIN, **fn.PLUGIN, grid=grid_zyx, max_voxels=max_voxels
-    )
+    attributes: dict[str, Any] = {"grid": grid_zyx, "max_voxels": max_voxels}
+    if plan_file:
+        attributes["plan_file"] = plan_file
+    main = assembly.body.function(NODE, inputs, outputs, list(attributes))
+    node = helper.make_node(NODE, inputs, outputs, name="backbone_3d", domain=fn.DOMAIN, **fn.PLUGIN, **attributes)
     depth, height, width = assembly.grid
     tensor = helper.make_tensor_value_info
     graph = helper.make_graph(
@@ -270,8 +276,11 @@ def sparse_layers(detector: Detector) -> tuple[SparseLayer, ...]:
     return tuple(layers)
 
 
-def export_backbone3d(detector: Detector, path: Path, *, max_voxels: int) -> Graph:
-    """Write the 3D backbone, batch norms folded, taps without weights left out; equal detectors give equal bytes."""
+def export_backbone3d(detector: Detector, path: Path, *, max_voxels: int, plan_file: str = "") -> Graph:
+    """Write the 3D backbone, batch norms folded, taps without weights left out; equal detectors give equal bytes.
+
+    `plan_file` is the attribute by which the TensorRT plugin finds the node's plan (`backbone_model`).
+    """
     if max_voxels < 1:
         raise ExportError(f"max_voxels is {max_voxels}.", fix="give the backbone room for at least one voxel")
     layers = sparse_layers(detector)
@@ -280,5 +289,6 @@ def export_backbone3d(detector: Detector, path: Path, *, max_voxels: int) -> Gra
         raise ExportError(
             f"{len(finite)} layers hold weights that are not finite, first {finite[0]}.", fix="check the checkpoint"
         )
-    model = backbone_model(layers, grid_zyx=detector.backbone_3d.shape_zyx, max_voxels=max_voxels)
+    grid = detector.backbone_3d.shape_zyx
+    model = backbone_model(layers, grid_zyx=grid, max_voxels=max_voxels, plan_file=plan_file)
     return write_graph(model, path, kind="backbone3d")

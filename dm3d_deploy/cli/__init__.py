@@ -10,6 +10,9 @@ from dm3d_deploy.cli import world  # noqa: F401
 from dm3d_deploy.cli import lookup  # noqa: F401
 
 # isort: split
+from dm3d_deploy.cli import plan  # noqa: F401
+
+# isort: split
 from dm3d_deploy.cli.root import app, main
 
 __all__ = ["app", "main"]

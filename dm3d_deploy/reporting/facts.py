@@ -60,6 +60,16 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def plan_words(plan: Mapping[str, Any]) -> str:
+    """The 3D plan in one line: what it takes, what it skips, and for which devices it was compiled."""
+    tiles = plan["tiles_kept"] + plan["tiles_skipped"]
+    names = ", ".join(device["sm"] for device in plan["devices"])
+    return (
+        f"{size(plan['workspace_bytes'])} of workspace, {plan['launches']} launches, "
+        f"{plan['tiles_kept']:,} of {plural(tiles, 'tile')} kept; {names + ': ' if names else ''}{plan['standing']}"
+    )
+
+
 def share_of(macs: Mapping[str, float], column: str) -> float:
     """Kept or executed MACs over dense MACs; an empty part keeps all of its nothing."""
     return macs[column] / macs["dense"] if macs["dense"] > 0 else 1.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from dm3d_deploy.errors import InternalError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PARTS = ("3d", "2d", "head")
 PNG_IN_BASE64 = "iVBORw0KGgo"
 STAMP = ("device", "power_mode", "clocks")
@@ -161,6 +161,34 @@ SCHEMA: dict[str, Any] = {
         }
     ),
     "latency_note": TEXT,
+    "plan": Nullable(
+        {
+            "path": WORDS,
+            "bytes": COUNT,
+            "sha256": SHA256,
+            "precision": WORDS,
+            "workspace_bytes": COUNT,
+            "launches": COUNT,
+            "memsets": COUNT,
+            "capacities": MapOf(COUNT),
+            "tiles_kept": COUNT,
+            "tiles_skipped": COUNT,
+            "moved_bytes": COUNT,
+            "multiplications": COUNT,
+            "devices": ListOf(
+                {
+                    "sm": WORDS,
+                    "kernels": COUNT,
+                    "bytes": COUNT,
+                    "most_registers": COUNT,
+                    "most_shared_bytes": COUNT,
+                    "spilled_bytes": COUNT,
+                }
+            ),
+            "standing": WORDS,
+            "compiler": WORDS,
+        }
+    ),
     "engines": ListOf(
         {
             "path": WORDS,

@@ -93,6 +93,8 @@ def _findings(report: Mapping[str, Any]) -> Table:
     if report["detections"]:
         boxes = report["detections"]
         rows.append(("detections", f"{boxes['dense']} dense, {boxes['pruned']} pruned, {boxes['matched']} matched"))
+    if report["plan"]:
+        rows.append(("3D plan", facts.plan_words(report["plan"])))
     rows += [
         ("engine" if index == 0 else "", f"{engine['path']} ({facts.size(engine['bytes'])}): {engine['standing']}")
         for index, engine in enumerate(report["engines"])

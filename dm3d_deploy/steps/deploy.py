@@ -36,8 +36,8 @@ def export(run: RunContext) -> None:
         load_checkpoint(detector, run.path(weights))
         graphs.append(_row(head, export_bev_head(detector, run.path(head), precision=precision)))
         run.watch.advanced(len(graphs), 4)
-        cap = config.voxels.max_voxels
-        graphs.append(_row(backbone, export_backbone3d(detector, run.path(backbone), max_voxels=cap)))
+        cap, plan = config.voxels.max_voxels, FILES["plan"] if backbone == "backbone3d" else ""
+        graphs.append(_row(backbone, export_backbone3d(detector, run.path(backbone), max_voxels=cap, plan_file=plan)))
         run.watch.advanced(len(graphs), 4)
         for kind in (head, backbone):
             check_graph(run.path(kind))

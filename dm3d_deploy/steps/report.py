@@ -14,6 +14,7 @@ from dm3d_deploy.build import tool_versions
 from dm3d_deploy.config import load_config
 from dm3d_deploy.geometry.matching import match_detections
 from dm3d_deploy.measurements import read_measurements
+from dm3d_deploy.plan_facts import plan_section
 from dm3d_deploy.recipe import Recipe
 from dm3d_deploy.reporting.bev_picture import bev_png
 from dm3d_deploy.reporting.detection_files import read_detections
@@ -71,7 +72,7 @@ def gather(run: RunContext) -> dict[str, Any]:
     found = {
         kind: json.loads(run.path(kind).read_text(encoding="utf-8"))
         for kind in (
-            "model_info", "frames_info", "layers", "allocation", "masks_info", "recovery", "export_info",
+            "model_info", "frames_info", "layers", "allocation", "masks_info", "recovery", "export_info", "plan_info",
             "engines_info", "verification", "latency", "output_scale",
         )
     }  # fmt: skip
@@ -89,10 +90,11 @@ def gather(run: RunContext) -> dict[str, Any]:
         "distortion": _distortion(found),
         "recovery": _recovery(run, found["recovery"]),
         "layers": _layers(run.recipe, found),
-        "skipped": [*found["allocation"]["skipped"], *found["engines_info"]["skipped"]],
+        "skipped": [row for kind in ("allocation", "plan_info", "engines_info") for row in found[kind]["skipped"]],
         "parity": found["verification"]["parity"],
         "latency": found["latency"]["latency"],
         "latency_note": NO_TIME,
+        "plan": plan_section(run.root, found["plan_info"]),
         "engines": _engines(found),
         "detections": _detections(run),
         "stages": _stages(run),
@@ -274,7 +276,7 @@ def _provenance(run: RunContext, stamp: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "version": __version__,
         "recipe": {name: str(value) for name, value in run.recipe.as_json().items()},
-        "tools": {**read_manifest(run.root).tools, **tool_versions(("tensorrt-rtx",))},
+        "tools": {**read_manifest(run.root).tools, **tool_versions(("tensorrt-rtx", "triton"))},
         "machine": machine_from_stamp(stamp, ran_on="cpu"),
         "digests": {artifact.path: artifact.digest for artifact in ours},
     }

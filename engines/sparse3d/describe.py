@@ -11,16 +11,12 @@ from engines.sparse3d.plan import FEATURES, Memset, Plan
 def describe(plan: Plan) -> dict[str, Any]:
     """What `dm3d-deploy plan inspect` shows; only JSON types.
 
-    buffers (name, kind, offset, bytes), steps (number, kernel, grid), workspace_bytes, constant_bytes, launches,
-    memsets, layers (tiles kept and skipped), capacities, inputs and outputs, status words, the features that a reader
-    must have, the architectures that kernels are compiled for, and what the planner noted (meta, its cost apart).
+    buffers (name, kind, offset, bytes), steps (number, kernel, grid or bytes), workspace_bytes, constant_bytes,
+    launches, memsets, layers (tiles kept, skipped, and predicted to be multiplied per frame), capacities, inputs and
+    outputs, status words, the features that a reader must have, the images by architecture, the cost on calibration
+    frames, and what else the planner noted (meta).
     """
-    steps = [
-        {"step": number, "kernel": "memset", "bytes": step.bytes}
-        if isinstance(step, Memset)
-        else {"step": number, "kernel": plan.kernels[step.kernel].function, "grid": list(step.grid)}
-        for number, step in enumerate(plan.steps)
-    ]
+    cost, steps = plan.meta.get("cost"), _steps(plan)
     memsets = sum(isinstance(step, Memset) for step in plan.steps)
     return {
         "workspace_bytes": plan.workspace_bytes,
@@ -30,25 +26,44 @@ def describe(plan: Plan) -> dict[str, Any]:
         "memsets": memsets,
         "launches_of": dict(Counter(str(step["kernel"]) for step in steps)),
         "capacities": dict(plan.capacities),
-        "layers": [
-            {
-                "name": layer.name,
-                "kernel_taps": layer.taps,
-                "channels": [layer.in_channels, layer.out_channels],
-                "tiles_kept": layer.tiles_kept,
-                "tiles_skipped": layer.tiles_total - layer.tiles_kept,
-            }
-            for layer in plan.layers
-        ],
+        "layers": _layers(plan),
         "inputs": {item.name: f"{item.dtype}{list(item.shape)}" for item in plan.inputs},
         "outputs": {item.name: f"{item.dtype}{list(item.shape)}" for item in plan.outputs},
         "status": [word.name for word in plan.status.words] if plan.status else [],
         "features": [name for name, bit in FEATURES.items() if plan.features & bit],
-        "compiled_for": [f"sm_{sm}" for sm in sorted(plan.cubins)],
-        "cost": plan.meta.get("cost"),
-        "meta": {name: value for name, value in plan.meta.items() if name not in ("cost", "kept")},
+        "images": [
+            {"sm": f"sm_{sm}", "kernels": len(cubins), "bytes": sum(len(cubin.image) for cubin in cubins)}
+            for sm, cubins in sorted(plan.cubins.items())
+        ],
+        "cost": {name: value for name, value in cost.items() if name != "tile_products"} if cost else None,
+        "meta": {name: value for name, value in plan.meta.items() if name not in ("cost", "kept", "tile_shapes")},
         "buffers": [
             {"name": item.name, "kind": item.kind, "offset": item.offset, "bytes": item.bytes} for item in plan.buffers
         ],
         "steps": steps,
     }
+
+
+def _steps(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {"step": number, "kernel": "memset", "grid": None, "bytes": step.bytes}
+        if isinstance(step, Memset)
+        else {"step": number, "kernel": plan.kernels[step.kernel].function, "grid": list(step.grid), "bytes": None}
+        for number, step in enumerate(plan.steps)
+    ]
+
+
+def _layers(plan: Plan) -> list[dict[str, Any]]:
+    tile_shapes, products = plan.meta.get("tile_shapes", {}), plan.meta.get("cost", {}).get("tile_products", {})
+    return [
+        {
+            "name": layer.name,
+            "kernel_taps": layer.taps,
+            "channels": [layer.in_channels, layer.out_channels],
+            "tiles_kept": layer.tiles_kept,
+            "tiles_skipped": layer.tiles_total - layer.tiles_kept,
+            "stored_tile": tile_shapes.get(layer.name),
+            "tile_products": products.get(layer.name),
+        }
+        for layer in plan.layers
+    ]

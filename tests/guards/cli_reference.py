@@ -23,9 +23,18 @@ def group() -> Any:
     return typer.main.get_command(app)
 
 
+def commands() -> dict[str, Any]:
+    """Every command by the words that call it: "build", "plan inspect"."""
+    found: dict[str, Any] = {}
+    for name, command in group().commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {word}": leaf for word, leaf in inner.items()}
+    return found
+
+
 def cli_page() -> str:
     """The text of docs/cli.md."""
-    parts = [HEAD, *(_command(name, command) for name, command in group().commands.items()), _exit_codes()]
+    parts = [HEAD, *(_command(name, command) for name, command in commands().items()), _exit_codes()]
     return "\n".join(parts)
 
 

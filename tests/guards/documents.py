@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli_reference import group
+from cli_reference import commands, group
 from source_tree import ROOT
 
 FENCE = re.compile(r"^```(\w*)\s*$")
@@ -113,8 +113,12 @@ def trouble_with_own(words: list[str]) -> str | None:
         return f"there is no command '{words[0]}'"
     if set(words) & {"--help", "-h"}:
         return None
+    inner = getattr(known[words[0]], "commands", None)
+    name = words[0] if inner is None else " ".join(words[:2])
+    if name not in commands():
+        return f"there is no command '{name}'"
     try:
-        known[words[0]].make_context(words[0], list(words[1:]))
+        commands()[name].make_context(name, list(words[len(name.split()) :]))
     except RuntimeError as error:
         return f"'{words[0]}' stopped with {error}"
     except Exception as error:  # noqa: BLE001 - typer's usage errors moved between its versions

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_reference import CLI_PAGE, cli_page, group
+from cli_reference import CLI_PAGE, cli_page, commands, group
 from documents import Block, blocks_of, broken_links, commands_of, pages, trouble_with
 from source_tree import ROOT
 
 from calib.simulator.frame import simulate_frame
 
-LOOKING_UP = ("detect", "report", "inspect", "models", "devices", "doctor")
+LOOKING_UP = ("detect", "report", "inspect", "models", "devices", "doctor", "plan")
 CLOUD = re.compile(r"[\w./-]+\.(?:npy|bin)\b")
 FOREGROUND = ("build", "detect", "bench", "report")
 
@@ -80,9 +80,8 @@ def test_the_command_page_is_up_to_date() -> None:
 
 def test_every_command_and_option_is_documented() -> None:
     text = CLI_PAGE.read_text(encoding="utf-8")
-    commands = group().commands
-    assert len(commands) >= 9
-    for name, command in commands.items():
+    assert len(commands()) >= 10
+    for name, command in commands().items():
         section = text.split(f"## {name}\n")[1].split("\n## ")[0]
         words = [f"`{word}`" for param in command.params for word in param.opts if word.startswith("-")]
         assert [word for word in words if word not in section] == []
@@ -110,6 +109,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         ("dm3d-deploy build --model centerpoint", "target"),
         ("dm3d-deploy build --model centerpoint --target much", "number"),
         ("dm3d-deploy prune runs/a", "no command 'prune'"),
+        ("dm3d-deploy plan inspect runs/a --json", None),
+        ("dm3d-deploy plan inspect", "run"),
+        ("dm3d-deploy plan show runs/a", "no command 'plan show'"),
         ("cd x && dm3d-deploy bench", "bench"),
         ("make demo PYTHON=python3.12", None),
         ("make coffee", "coffee"),

@@ -16,7 +16,7 @@ from dm3d_deploy.cli import root as command_line
 
 HEAVY = ("torch", "onnx", "onnxruntime", "matplotlib", "scipy", "numpy", "jinja2", "yaml", "tensorrt_rtx")
 BUILD = ("--target", "0.5", "--device", "orin", "--calibration-frames", "2")
-COMMANDS = ("build", "detect", "bench", "report", "engine", "inspect", "models", "devices", "doctor")
+COMMANDS = ("build", "detect", "bench", "report", "engine", "inspect", "models", "devices", "doctor", "plan")
 
 
 def test_help_imports_nothing_heavy():

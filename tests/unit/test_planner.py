@@ -176,8 +176,10 @@ def test_launches_are_few_and_stated(backbone, detector, coords):
     assert told["cost"]["multiplications"] >= told["cost"]["useful_multiplications"] > 0
     assert told["cost"]["index_bytes"] > 41 * 128 * 128 / 8 * 3
     assert told["layers"][0] == {
-        "name": "conv_input.0", "kernel_taps": 27, "channels": [5, 4], "tiles_kept": 27, "tiles_skipped": 0
+        "name": "conv_input.0", "kernel_taps": 27, "channels": [5, 4], "tiles_kept": 27, "tiles_skipped": 0,
+        "stored_tile": [16, 16], "tile_products": sum(statistics.blocks["input.book.3x3x3"].tolist()),
     }  # fmt: skip
+    assert told["images"] == []
     assert list(told["outputs"].items()) == [("bev", "fp16[1, 32, 16, 16]"), ("status", "i32[5]")]
     assert list(told["inputs"]) == ["features", "coords", "count"], "the order of the ONNX node"
     assert told["status"][-5:] == list(STAGES)

@@ -107,7 +107,7 @@ def test_ids_are_unique_and_every_reference_is_met(html: str) -> None:
 
 
 def test_sections_come_in_the_order_of_issue(html: str) -> None:
-    sections = ["macs", "allocation", "distortion", "layers", "parity", "latency", "engines", "detections"]
+    sections = ["macs", "allocation", "distortion", "layers", "parity", "latency", "engines", "plan", "detections"]
     found = re.findall(r'<section id="(\w+)">', html)
     assert found == [*sections, "provenance"]
 

@@ -1,0 +1,80 @@
+"""What a run's 3D plan says of itself: whole for `plan inspect`, in short for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dm3d_deploy.artifacts import Artifact, read_manifest
+from dm3d_deploy.errors import EngineError
+from engines.sparse3d.describe import describe
+from engines.sparse3d.plan_file import read_plan
+
+PLAN = "3D plan"
+STANDING = "compiled, not run on a device"
+NOT_COMPILED = "not compiled"
+
+
+def describe_plan_of_run(root: Path) -> dict[str, Any]:
+    """The plan of a run in plain data (`describe`), with its file and digest.
+
+    StaleArtifact for a run that was not built so far or a changed file, EngineError with the reason where the backbone
+    could not be planned.
+    """
+    manifest = read_manifest(root)
+    info = json.loads(manifest.artifact("plan_info").checked(root).read_text(encoding="utf-8"))
+    refusal = plan_refusal(info)
+    if refusal:
+        raise EngineError(f"{root} holds no 3D plan. {refusal}", fix="run backbone3d.onnx in ONNX Runtime")
+    file = manifest.artifact("plan")
+    plan = read_plan(file.checked(root))
+    return {
+        "what": "3D plan",
+        "path": str(root / file.path),
+        "bytes": file.bytes,
+        "sha256": file.digest,
+        **describe(plan),
+    }
+
+
+def plan_refusal(info: Mapping[str, Any]) -> str:
+    """Why the backbone was not planned, or nothing."""
+    return next((str(row["reason"]) for row in info["skipped"] if row["layer"] == PLAN), "")
+
+
+def plan_section(root: Path, info: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report's `plan`, or None where the backbone was not planned; `info` is resources.json."""
+    if plan_refusal(info):
+        return None
+    file: Artifact = read_manifest(root).artifact("plan")
+    told = describe(read_plan(file.checked(root)))
+    cost, layers = told["cost"], told["layers"]
+    return {
+        "path": file.path,
+        "bytes": file.bytes,
+        "sha256": file.digest,
+        "precision": told["meta"]["precision"],
+        "workspace_bytes": told["workspace_bytes"],
+        "launches": told["launches"],
+        "memsets": told["memsets"],
+        "capacities": told["capacities"],
+        "tiles_kept": sum(layer["tiles_kept"] for layer in layers),
+        "tiles_skipped": sum(layer["tiles_skipped"] for layer in layers),
+        "moved_bytes": cost["index_bytes"] + cost["convolution_bytes"] + cost["map_bytes"],
+        "multiplications": cost["multiplications"],
+        "devices": [_device(row, info["kernels"]) for row in told["images"]],
+        "standing": STANDING if told["images"] else NOT_COMPILED,
+        "compiler": f"Triton {info['triton']}" if info["triton"] else "none",
+    }
+
+
+def _device(images: Mapping[str, Any], kernels: list[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [row for row in kernels if row["sm"] == images["sm"]]
+    return {
+        **images,
+        "most_registers": max(row["registers"] for row in rows),
+        "most_shared_bytes": max(row["shared_bytes"] for row in rows),
+        "spilled_bytes": sum(row["stack_bytes"] + row["local_bytes"] for row in rows),
+    }

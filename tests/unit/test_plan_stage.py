@@ -1,0 +1,178 @@
+"""The stage that plans the 3D engine, what a run says of its plan, and what is said where something is left out."""
+
+import json
+import sys
+
+import onnx
+import pytest
+from run_sample import Noted, tiny_recipe
+
+from dm3d_deploy import build as builder
+from dm3d_deploy.build import rerun
+from dm3d_deploy.errors import EngineError, StaleArtifact
+from dm3d_deploy.plan_facts import describe_plan_of_run
+from dm3d_deploy.stages import FILES, RunContext
+from dm3d_deploy.steps import plan3d
+from dm3d_deploy.steps.plan3d import plan_devices
+from engines.sparse3d.plan_file import read_plan
+
+PLAN, INFO = FILES["plan"], FILES["plan_info"]
+
+
+def context(root, frames, **changes):
+    return RunContext(root=root, recipe=tiny_recipe(frames, **changes), watch=Noted(), pool=None)
+
+
+def info_of(root):
+    return json.loads((root / INFO).read_text())
+
+
+def test_a_build_leaves_a_plan_with_kernels_and_their_resources(tiny_run):
+    pytest.importorskip("triton")
+    plan, info = read_plan(tiny_run / PLAN), info_of(tiny_run)
+    assert list(plan.cubins) == [87]
+    assert [item.name for item in plan.inputs] == ["features", "coords", "count"]
+    node = onnx.load(tiny_run / FILES["backbone3d"]).graph
+    assert [item.shape for item in plan.inputs] == [
+        tuple(size.dim_value for size in value.type.tensor_type.shape.dim) for value in node.input
+    ]
+    assert [(row["sm"], row["kernel"]) for row in info["kernels"]] == [("sm_87", item.name) for item in plan.kernels]
+    assert {"registers", "shared_bytes", "stack_bytes", "local_bytes"} <= info["kernels"][0].keys()
+    assert info["standing"] == "built, not run here"
+    assert info["skipped"] == []
+
+
+def test_capacities_are_those_of_the_calibration_frames_with_a_margin(tiny_run):
+    plan = read_plan(tiny_run / PLAN)
+    frames = json.loads((tiny_run / FILES["frames_info"]).read_text())["frames"]
+    assert plan.meta["cost"]["frames"] == sum(row["role"] == "calibration" for row in frames) == 2
+    assert plan.capacities["input"] == 4000
+    assert all(rows % 64 == 0 for name, rows in plan.capacities.items() if name != "input")
+
+
+def test_the_node_names_the_plan_and_the_dense_one_has_none(tiny_run):
+    def named(kind):
+        (node,) = onnx.load(tiny_run / FILES[kind]).graph.node
+        return [onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == "plan_file"]
+
+    assert named("backbone3d") == [PLAN.encode()]
+    assert named("dense_backbone3d") == []
+
+
+def test_the_same_bytes_again(run_copy, tiny_frames):
+    before = {name: (run_copy / name).read_bytes() for name in (PLAN, INFO)}
+    plan3d.plan3d(context(run_copy, tiny_frames))
+    assert info_of(run_copy)["reproducible"]
+    assert {name: (run_copy / name).read_bytes() for name in before} == before
+
+
+def test_without_triton_the_plan_has_no_kernels_and_one_sentence_says_so(run_copy, tiny_frames, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    run = context(run_copy, tiny_frames)
+    plan3d.plan3d(run)
+    plan, info = read_plan(run_copy / PLAN), info_of(run_copy)
+    assert plan.cubins == {}
+    reason = "the Python package 'triton' is not installed. Fix: pip install 'dm3d-deploy[sparse3d]'"
+    assert info["skipped"] == [{"layer": "3D kernels for sm_87", "reason": reason}]
+    assert (info["standing"], info["kernels"], info["triton"]) == ("not compiled", [], None)
+    assert run.watch.notes == [f"no kernels in the 3D plan, for sm_87: {reason}"]
+
+
+def test_the_version_of_triton_decides_the_plan_and_nothing_before_it(tiny_run, tiny_frames, monkeypatch):
+    versions = builder.tool_versions
+    monkeypatch.setattr(
+        builder, "tool_versions", lambda names: {**versions(names), **({"triton": "0"} if "triton" in names else {})}
+    )
+    changed = [row.stage for row in builder.plan(tiny_recipe(tiny_frames), tiny_run) if not row.fresh]
+    assert changed[0] == "plan"
+
+
+def test_what_cannot_be_planned_is_told_and_the_rest_is_built(run_copy, monkeypatch):
+    def refuse(*_, **__):
+        raise EngineError("the grid has too many cells.", fix="use larger ones")
+
+    monkeypatch.setattr(plan3d, "calibrated_plan", refuse)
+    watch, reason = Noted(), "the grid has too many cells. Fix: use larger ones"
+    rerun(run_copy, ("plan", "report"), watch=watch)
+    assert watch.notes == [f"no 3D plan: {reason}"]
+    assert not (run_copy / PLAN).exists()
+    report = json.loads((run_copy / FILES["report"]).read_text())
+    assert report["plan"] is None
+    assert {"layer": "3D plan", "reason": reason} in report["skipped"]
+    assert "The 3D backbone was not planned" in (run_copy / FILES["report_page"]).read_text()
+    with pytest.raises(EngineError, match=rf"holds no 3D plan. {reason}"):
+        describe_plan_of_run(run_copy)
+
+
+def test_a_config_that_is_not_the_exported_one_is_refused_by_the_planner(run_copy, tiny_frames):
+    config = run_copy / FILES["model_config"]
+    text = config.read_text()
+    config.write_text(text.replace("POINT_CLOUD_RANGE: [-12.8", "POINT_CLOUD_RANGE: [-6.4"))
+    assert config.read_text() != text
+    run = context(run_copy, tiny_frames)
+    plan3d.plan3d(run)
+    (row,) = info_of(run_copy)["skipped"]
+    assert "does not fit the backbone's grid (41, 128, 128)" in row["reason"]
+
+
+def test_the_report_tells_the_plan(tiny_run):
+    pytest.importorskip("triton")
+    told = json.loads((tiny_run / FILES["report"]).read_text())["plan"]
+    plan, whole = read_plan(tiny_run / PLAN), describe_plan_of_run(tiny_run)
+    assert told["workspace_bytes"] == plan.workspace_bytes
+    assert told["launches"] == len(plan.steps) - 1
+    assert told["tiles_kept"] == sum(layer["tiles_kept"] for layer in whole["layers"])
+    assert told["tiles_skipped"] > 0
+    assert told["standing"] == "compiled, not run on a device"
+    (device,) = told["devices"]
+    assert (device["sm"], device["kernels"], device["spilled_bytes"]) == ("sm_87", len(plan.kernels), 0)
+    page = (tiny_run / FILES["report_page"]).read_text()
+    assert "Compiled, not run on a device." in page
+
+
+@pytest.mark.parametrize(
+    ("names", "sms", "left_out"),
+    [
+        ("auto", (87, 89, 110, 120), []),
+        ("rtx", (80, 86, 89, 120), []),
+        ("h100, orin", (87, 90), []),
+        ("thor", (), ["3D kernels for thor"]),
+        ("cpu,gb10", (121,), ["3D kernels for cpu"]),
+    ],
+)
+def test_devices_become_architectures(names, sms, left_out):
+    found, skipped = plan3d.sms_and_skipped(plan_devices(names))
+    assert found == sms
+    assert [row["layer"] for row in skipped] == left_out
+    if names == "thor":
+        assert "CUDA 13 calls it sm_110" in skipped[0]["reason"]
+
+
+def test_plan_inspect_says_what_the_plan_takes(tiny_run, cli):
+    code, out, err = cli("plan", "inspect", tiny_run, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    plan = read_plan(tiny_run / PLAN)
+    assert told["workspace_bytes"] == plan.workspace_bytes
+    assert told["capacities"] == dict(plan.capacities)
+    assert told["features"] == ["memset", "status"]
+    assert [row["name"] for row in told["buffers"]] == [buffer.name for buffer in plan.buffers]
+    assert len(told["steps"]) == len(plan.steps)
+    assert {"tiles_kept", "tiles_skipped"} <= told["layers"][0].keys()
+
+    code, out, err = cli("plan", "inspect", tiny_run)
+    assert (code, err) == (0, "")
+    for word in ("workspace bytes", "tiles_skipped", "conv_out.0", "cleared", "conv_tile_list", "memset"):
+        assert word in out, word
+
+
+def test_plan_inspect_refuses_a_changed_plan_and_a_run_without_one(run_copy, cli):
+    plan = run_copy / PLAN
+    plan.write_bytes(plan.read_bytes()[:-1] + b"x")
+    code, _, err = cli("plan", "inspect", run_copy)
+    assert code == StaleArtifact.exit_code
+    assert "is not the file that was built" in err
+    plan.unlink()
+    assert "is missing" in cli("plan", "inspect", run_copy)[2]
+    code, _, err = cli("plan", "inspect", run_copy / "nowhere")
+    assert (code, "it is not a finished run" in err) == (2, True)
