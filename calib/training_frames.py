@@ -1,46 +1,22 @@
-"""Simulated frames as training batches: drawn, turned, mirrored, scaled, cut into crops that lie on the BEV grid."""
+"""Simulated frames as training batches: drawn by their number, cut into crops while they are in hand."""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from jaxtyping import Float32, Int64
 
+from calib.crops import LARGE_M, SMALL_M, Crop, LabelledFrame, batch_of, crop_of, window_of_step
 from calib.held_out import FIRST_TRAINING_SEED, model_labels, seen_objects
 from calib.simulator.frame import SimulatedFrame, simulate_frame
 from calib.simulator.sensor import sensor_named
 from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.errors import UsageError
-from dm3d_deploy.geometry.boxes import wrap_angle
-from dm3d_deploy.geometry.voxelize import voxelize
-from dm3d_deploy.pointcloud import Boxes3D, PointCloud
 from dm3d_deploy.training.batch import Batch
-from dm3d_deploy.training.targets import TaskTargets, center_targets, collate
 
 MIN_POINTS = 3
-SMALL_M, LARGE_M = 25.6, 38.4
-LARGE_SHARE = 1 / 3
 POOL = 8  # frames in hand
 STEPS_PER_FRAME = 4  # steps until the oldest is replaced: a frame gives about eight crops
-MIN_CROP_POINTS = 200
-# How often a crop is drawn around an object of the class.
-CLASS_WEIGHT = {
-    "car": 1.0,
-    "truck": 3.0,
-    "construction_vehicle": 3.0,
-    "bus": 5.0,
-    "trailer": 5.0,
-    "barrier": 1.2,
-    "motorcycle": 3.0,
-    "bicycle": 2.0,
-    "pedestrian": 1.2,
-    "traffic_cone": 1.5,
-}
-LARGE_CLASSES = ("truck", "construction_vehicle", "bus", "trailer")
 # sensor, sweeps (None: as its data set stacks), factors of the rare classes, share of the frames
 SOURCES = (
     ("nuscenes32", None, 0.40),
@@ -49,46 +25,6 @@ SOURCES = (
     ("once40", None, 0.15),
 )
 RARE = (1.0, 4.0)
-HEIGHT_JITTER_M = 0.15
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelledFrame:
-    """Points in the columns of the model, intensity 0..1, and the objects that enough points fell on."""
-
-    points: Float32[np.ndarray, "points columns"]
-    boxes: Boxes3D
-    labels: Int64[np.ndarray, " boxes"]
-    full_scale: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
-    """A crop's size: whole BEV cells, so many that every block of the 2D backbone halves them evenly, within the range.
-
-    `cells` are BEV cells along x and y, `cell_m` their size.
-    """
-
-    cells: tuple[int, int]
-    cell_m: tuple[float, float]
-
-    @classmethod
-    def of(cls, config: DetectorConfig, size_m: float) -> Window:
-        """The window of a model that is nearest to a square of `size_m`."""
-        even = math.prod(config.backbone_2d.strides) // config.backbone_2d.strides[0]
-        _, rows, columns = config.voxels.grid_zyx
-        cell_m = tuple(config.head.stride * step for step in config.voxels.voxel_size_m[:2])
-        cells = (
-            min(max(round(size_m / cell / even), 1) * even, grid // config.head.stride)
-            for cell, grid in zip(cell_m, (columns, rows), strict=True)
-        )
-        x, y = cells
-        return cls(cells=(x, y), cell_m=(cell_m[0], cell_m[1]))
-
-    @property
-    def size_m(self) -> tuple[float, float]:
-        """Length along x and y."""
-        return self.cells[0] * self.cell_m[0], self.cells[1] * self.cell_m[1]
 
 
 class SimulatedCrops:
@@ -103,34 +39,24 @@ class SimulatedCrops:
 
     def __call__(self, step: int) -> Batch:
         """The batch of that step."""
-        # All processes take crops of one size at a time, so that none waits for the others.
-        large = np.random.default_rng((self._seed, step)).random() < LARGE_SHARE
+        window, large = window_of_step(self._config, self._seed, step)
         random = np.random.default_rng((self._seed, step, self._rank))
-        size_m = LARGE_M if large else SMALL_M
-        count = max(1, round(self._crops * (SMALL_M / size_m) ** 2))
-        window = Window.of(self._config, size_m)
+        count = max(1, round(self._crops * (SMALL_M / LARGE_M) ** 2)) if large else self._crops
         newest = step // STEPS_PER_FRAME + POOL - 1
-        crops: list[_Crop] = []
+        crops: list[Crop] = []
         while len(crops) < count:
             frame = self._frame(newest - int(random.integers(POOL)))
-            crop = _crop(frame, self._config, window, random, prefer_large=bool(large))
+            crop = crop_of(frame, self._config, window, random, prefer_large=large)
             if crop is not None:
                 crops.append(crop)
         for old in [index for index in self._frames if index <= newest - POOL]:
             del self._frames[old]
-        return _batch(crops, self._config, window)
+        return batch_of(crops, self._config, window)
 
     def _frame(self, index: int) -> LabelledFrame:
         if index not in self._frames:
             self._frames[index] = _draw_frame(self._config, (self._seed, self._rank, index))
         return self._frames[index]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Crop:
-    features: Float32[np.ndarray, "voxels columns"]
-    coords: np.ndarray
-    targets: tuple[TaskTargets, ...]
 
 
 def _draw_frame(config: DetectorConfig, key: tuple[int, int, int]) -> LabelledFrame:
@@ -154,109 +80,3 @@ def labelled(frame: SimulatedFrame, config: DetectorConfig, *, min_points: int) 
         points[:, config.voxels.columns.index("intensity")] /= full_scale
     boxes, labels = seen_objects(frame, config, min_points=min_points)
     return LabelledFrame(points=points, boxes=boxes, labels=labels, full_scale=full_scale)
-
-
-def _crop(
-    frame: LabelledFrame, config: DetectorConfig, window: Window, random: np.random.Generator, *, prefer_large: bool
-) -> _Crop | None:
-    """A random window of the randomly turned frame; None when it is almost empty."""
-    points, boxes = _turned(frame, random)
-    x0, y0 = _corner(boxes, frame.labels, config, window, random, prefer_large=prefer_large)
-    z0, z1 = config.voxels.point_range_m[2], config.voxels.point_range_m[5]
-    low, high = (x0, y0, z0), (x0 + window.size_m[0], y0 + window.size_m[1], z1)
-    inside = np.ones(len(points), dtype=bool)
-    for axis in range(3):
-        inside &= (points[:, axis] >= low[axis]) & (points[:, axis] < high[axis])
-    if np.count_nonzero(inside) < MIN_CROP_POINTS:
-        return None
-    points = _relit(points[inside], config, frame.full_scale, random)
-    grid = replace(config.voxels, point_range_m=(*low, *high), max_voxels=len(points))
-    voxels = voxelize(PointCloud(points=points, columns=config.voxels.columns), grid)
-    columns, rows = window.cells
-    targets = center_targets(boxes, frame.labels, config, low_m=(x0, y0), shape=(rows, columns))
-    return _Crop(features=voxels.features, coords=voxels.coords, targets=targets)
-
-
-def _turned(frame: LabelledFrame, random: np.random.Generator) -> tuple[np.ndarray, Boxes3D]:
-    """The frame mirrored, turned about the sensor, scaled and lifted, at random."""
-    sign = -1.0 if random.random() < 0.5 else 1.0
-    turn = random.uniform(-math.pi, math.pi) if random.random() < 0.5 else random.uniform(-0.4, 0.4)
-    scale = random.uniform(0.95, 1.05)
-    lift = random.normal(0, HEIGHT_JITTER_M)
-    cos, sin = math.cos(turn), math.sin(turn)
-    # Row vectors: mirror y, then turn.
-    plane = np.array([[cos, sin], [-sign * sin, sign * cos]])
-    points = frame.points.copy()
-    points[:, :2] = points[:, :2] @ (scale * plane).astype(np.float32)
-    points[:, 2] = scale * points[:, 2] + lift
-    centre = frame.boxes.centre @ np.block([[scale * plane, np.zeros((2, 1))], [np.zeros((1, 2)), scale]])
-    boxes = Boxes3D(
-        centre=(centre + np.array([0, 0, lift])).astype(np.float32),
-        size=frame.boxes.size * np.float32(scale),
-        yaw=wrap_angle(sign * frame.boxes.yaw + turn).astype(np.float32),
-        velocity=(frame.boxes.velocity @ (scale * plane)).astype(np.float32),
-    )
-    return points, boxes
-
-
-def _corner(
-    boxes: Boxes3D,
-    labels: Int64[np.ndarray, " boxes"],
-    config: DetectorConfig,
-    window: Window,
-    random: np.random.Generator,
-    *,
-    prefer_large: bool,
-) -> tuple[float, float]:
-    """The lower corner of a crop that likely holds an object, on the grid of BEV cells, inside the range."""
-    low, high = config.voxels.point_range_m[:2], config.voxels.point_range_m[3:5]
-    in_range = ((boxes.centre[:, :2] > low) & (boxes.centre[:, :2] < high)).all(axis=1)
-    rows = np.flatnonzero(in_range)
-    if len(rows) and random.random() < 0.95:
-        names = [config.class_names[label] for label in labels[rows]]
-        weight = np.array([CLASS_WEIGHT.get(n, 1.0) * (4 if prefer_large and n in LARGE_CLASSES else 1) for n in names])
-        chosen = rows[int(random.choice(len(rows), p=weight / weight.sum()))]
-        middle = boxes.centre[chosen, :2] + random.uniform(-0.4, 0.4, 2) * window.size_m
-    else:
-        middle = random.uniform(np.array(low) * 0.7, np.array(high) * 0.7)
-    corner = []
-    for axis in range(2):
-        step, size = window.cell_m[axis], window.size_m[axis]
-        most = round((high[axis] - low[axis] - size) / step)
-        cell = min(max(round(float(middle[axis] - size / 2 - low[axis]) / step), 0), most)
-        corner.append(low[axis] + cell * step)
-    return corner[0], corner[1]
-
-
-def _relit(
-    points: Float32[np.ndarray, "points columns"],
-    config: DetectorConfig,
-    full_scale: float,
-    random: np.random.Generator,
-) -> Float32[np.ndarray, "points columns"]:
-    """Other brightness: gamma and gain; scales of 0..1 are half of the time brought to 0..255."""
-    if "intensity" not in config.voxels.columns:
-        return points
-    column = config.voxels.columns.index("intensity")
-    light = np.clip(points[:, column] ** random.uniform(0.6, 1.6) * random.uniform(0.6, 1.4), 0, 1)
-    if full_scale == 1.0 and random.random() < 0.5:
-        full_scale = 255.0 * 10 ** random.uniform(-1, 0)
-    points[:, column] = light * full_scale
-    return points
-
-
-def _batch(crops: list[_Crop], config: DetectorConfig, window: Window) -> Batch:
-    depth = config.voxels.grid_zyx[0]
-    features, coords = [], []
-    for index, crop in enumerate(crops):
-        cells = torch.from_numpy(crop.coords.astype(np.int64))
-        cells[:, 0] = index
-        features.append(torch.from_numpy(crop.features))
-        coords.append(cells)
-    return Batch(
-        features=torch.cat(features),
-        coords=torch.cat(coords),
-        shape_zyx=(depth + 1, window.cells[1] * config.head.stride, window.cells[0] * config.head.stride),
-        size=len(crops),
-        targets=collate([crop.targets for crop in crops]),
-    )

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import calib.training_frames as training_frames
-from calib.held_out import FIRST_TRAINING_SEED, model_labels, seen_objects
+from calib.crops import Window, turned
+from calib.held_out import model_labels, seen_objects
 from calib.simulator.frame import simulate_frame
-from calib.training_frames import SimulatedCrops, Window, labelled
+from calib.training_frames import SimulatedCrops, labelled
 from dm3d_deploy.config import config_from_text, load_config
 from dm3d_deploy.errors import StaleArtifact, UsageError
-from dm3d_deploy.held_out_score import evaluate_checkpoint
+from dm3d_deploy.evaluate import evaluate
 from dm3d_deploy.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def test_turning_keeps_points_in_their_boxes() -> None:
     assert sum(before) > 500
     random = np.random.default_rng(0)
     for _ in range(6):
-        points, boxes = training_frames._turned(frame, random)
+        points, boxes = turned(frame, random)
         after = points_in(points, boxes)
         assert np.abs(np.subtract(before, after)).max() <= 2  # rounding at the faces
         speed = np.hypot(*boxes.velocity.T) / boxes.size[:, 0]
@@ -130,13 +130,9 @@ def test_a_training_of_two_processes_leaves_weights_that_evaluate(tmp_path) -> N
     weights = Path(done.stdout.strip())
     with pytest.raises(UsageError, match=r"began with other settings: steps was 2 and is 3; seed was 0 and is 1"):
         train(str(TINY), out=weights.parent, steps=3, seed=1, resume=True)
-    score = evaluate_checkpoint(str(TINY), weights, frames=1, sensor="hdl64")
-    assert score.frames == 1
-    assert 0 <= score.mean_ap <= 1
-    with pytest.raises(UsageError, match="may have seen the 1 frames from seed"):
-        evaluate_checkpoint(str(TINY), weights, frames=1, first_seed=FIRST_TRAINING_SEED)
-    with pytest.raises(UsageError, match="0 frames show nothing"):
-        evaluate_checkpoint(str(TINY), weights, frames=0)
+    result = evaluate(weights, model=str(TINY), frames=1, sensor="hdl64")
+    assert result.frames == 1
+    assert 0 <= result.summary["mAP"] <= 100
 
 
 def test_settings_that_exclude_each_other(tmp_path) -> None:
