@@ -18,6 +18,7 @@ from onnx import helper, numpy_helper
 from dm3d_deploy.artifacts import Graph
 from dm3d_deploy.errors import ExportError, UsageError
 from exporters.graph_files import write_graph
+from exporters.head_merge import merge_heads
 from exporters.sparse_functions import IR_VERSION, OPSET
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _model(writer: _Writer, shape: list[int], outputs: list[str]) -> onnx.ModelP
     )
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(graph, producer_name="dm3d-deploy", ir_version=IR_VERSION, opset_imports=opsets)
-    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    return onnx.shape_inference.infer_shapes(merge_heads(model), check_type=True, strict_mode=True)
 
 
 def export_bev_head(detector: Detector, path: Path, *, precision: Literal["fp16", "fp32"]) -> Graph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dm3d_deploy import __version__
@@ -176,7 +176,7 @@ def _recovery(run: RunContext, recovery: Mapping[str, Any]) -> dict[str, Any] | 
 def _layers(recipe: Recipe, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     layers = {row["name"]: row for row in found["layers"]}
     masks = {row["layer"]: row for row in found["masks_info"]}
-    verdicts = {row["weight"].removesuffix(".weight"): row for row in found["export_info"]["sparsity"]}
+    verdicts = _verdicts_by_layer(found["export_info"]["sparsity"])
     rows = []
     for choice in found["allocation"]["choices"]:
         name = choice["layer"]
@@ -203,6 +203,20 @@ def _layers(recipe: Recipe, found: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _verdicts_by_layer(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """By the layer that holds the weight; packed head branches (exporters.head_merge) share one verdict."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in verdicts:
+        name = row["weight"].removesuffix(".weight")
+        if not name.endswith(".hidden"):
+            found[name] = row
+            continue
+        for output in name.removesuffix(".hidden").split("+"):
+            branch, task = output.rsplit("_", 1)
+            found[f"dense_head.heads_list.{task}.{branch}.0.0"] = row
+    return found
 
 
 def _gain(pattern: str, verdict: Mapping[str, Any] | None) -> str:

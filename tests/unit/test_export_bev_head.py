@@ -54,16 +54,21 @@ def test_it_computes_what_torch_computes(detector, tmp_path, precision, toleranc
 def test_the_graph_is_plain_and_named_like_the_parameters(detector, tmp_path):
     export_bev_head(detector, tmp_path / "a.onnx", precision="fp32")
     model = check_graph(tmp_path / "a.onnx")
-    assert {node.op_type for node in model.graph.node} == {"Conv", "ConvTranspose", "Relu", "Concat"}
+    assert {node.op_type for node in model.graph.node} == {"Conv", "ConvTranspose", "Relu", "Concat", "Split"}
     names = {tensor.name for tensor in model.graph.initializer}
-    weights = {name for name in names if name.endswith(".weight")}
+    packed = {
+        output for name in names if name.endswith(".widths") for output in name.removesuffix(".widths").split("+")
+    }
+    assert {output.name for output in model.graph.output} - packed == {"hm_5"}
     convolutions = {
-        f"{name}.weight"
+        name
         for name, module in detector.named_modules()
         if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d)
+        and ("heads_list" not in name or "heads_list.5.hm." in name)
     }
-    assert weights == convolutions
-    assert names - weights == {name.removesuffix("weight") + "bias" for name in weights}
+    assert {name for name in names if "+" not in name} == {
+        f"{name}.{part}" for name in convolutions for part in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
