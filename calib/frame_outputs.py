@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dm3d_deploy.geometry.decode import detections_from_maps
 from dm3d_deploy.models.detector import Detector, sparse_pair_counts
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -29,6 +30,18 @@ def head_maps(
     if settings.get("pairs"):
         maps |= {f"pairs.{name}": pairs for name, pairs in sparse_pair_counts(detector, coords).items()}
     return maps
+
+
+def decoded_boxes(
+    detector: Detector, features: torch.Tensor, coords: torch.Tensor, frame: int, settings: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Detections: "boxes" Float32[D, 9] (centre, size in m, yaw in rad, velocity in m/s), "scores", "labels"."""
+    with torch.inference_mode():
+        maps = {name: tensor.numpy() for name, tensor in detector(features, coords).items()}
+    found = detections_from_maps(maps, detector.config)
+    boxes = found.boxes
+    table = np.concatenate([boxes.centre, boxes.size, boxes.yaw[:, None], boxes.velocity], axis=1)
+    return {"boxes": table, "scores": found.scores, "labels": found.labels}
 
 
 def batch_statistics(

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from calib.frame_outputs import batch_statistics, head_maps
+from calib.frame_outputs import batch_statistics, decoded_boxes, head_maps
 from calib.gradients import sketch_gradients
 from calib.pool import DONE_MARK, ERROR_MARK, IDLE_MARK, FrameJob, result_path
 from calib.reconstruct import reconstructed_weights
@@ -27,6 +27,7 @@ from dm3d_deploy.models.detector import Detector, build_detector
 FrameFunction = Callable[[Detector, torch.Tensor, torch.Tensor, int, Mapping[str, Any]], dict[str, np.ndarray]]
 KINDS: Mapping[str, FrameFunction] = {
     "outputs": head_maps,
+    "detections": decoded_boxes,
     "statistics": batch_statistics,
     "gradients": sketch_gradients,
     "reconstruction": reconstructed_weights,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calib.calibration_set import SENSOR_OF_DATASET
 from calib.dataset import DatasetFrame, open_dataset
@@ -20,9 +20,13 @@ from dm3d_deploy.errors import UsageError, require
 from dm3d_deploy.evaluation.benchmarks import benchmark_scores, scored_classes
 from dm3d_deploy.evaluation.labels import FrameLabels
 from dm3d_deploy.evaluation.rows import ApRow
-from dm3d_deploy.held_out_score import detect_with
+from dm3d_deploy.geometry.decode import detections_from_maps
+from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Detections, PointCloud
 from dm3d_deploy.reporting.ap_tables import ap_text, draw_curves
+
+if TYPE_CHECKING:
+    from dm3d_deploy.models.detector import Detector
 
 SIMULATED = "simulated"
 DEFAULT_FRAMES = 100
@@ -170,8 +174,19 @@ def _subject(path: Path, *, variant: str, model: str | None) -> _Subject:
     return _Subject(
         label=f"{path.name} ({detector.config.name})",
         config=detector.config,
-        detect=lambda cloud: detect_with(detector, cloud),
+        detect=lambda cloud: _detect_with(detector, cloud),
     )
+
+
+def _detect_with(detector: Detector, cloud: PointCloud) -> Detections:
+    import torch
+
+    from dm3d_deploy.models.detector import tensors_from_voxels
+
+    features, coords = tensors_from_voxels(voxelize(cloud, detector.config))
+    with torch.inference_mode():
+        maps = detector(features, coords)
+    return detections_from_maps({name: value.numpy() for name, value in maps.items()}, detector.config)
 
 
 def _fitting_model(path: Path) -> str:
@@ -180,10 +195,17 @@ def _fitting_model(path: Path) -> str:
     from dm3d_deploy.models.detector import build_detector
 
     sizes = {name: tensor.numel() for name, tensor in read_tensors(path).items()}
+    fits = []
     for name in detector_names():
         state = build_detector(load_config(name)).state_dict()
         if sizes == {key: tensor.numel() for key, tensor in state.items()}:
-            return name
+            fits.append(name)
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise UsageError(
+            f"{path} fits {' and '.join(fits)}, which differ in their voxels only.", fix="name it: --model"
+        )
     raise UsageError(
         f"{path} fits none of the models {', '.join(detector_names())}.",
         fix="name its configuration: --model NAME or a YAML file",

@@ -1,85 +1,95 @@
-"""How well a detector finds what simulated scenes hold that no training saw."""
+"""What weights find in simulated scenes that no training, no calibration and no choice saw."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from calib.held_out import FIRST_SEED, held_out_frames
-from dm3d_deploy.config import DetectorConfig, load_config
-from dm3d_deploy.errors import require
-from dm3d_deploy.evaluation.nuscenes import NuscenesScore, Truth, score_frames
-from dm3d_deploy.geometry.decode import detections_from_maps
+import numpy as np
+from safetensors.numpy import load_file, save
+
+from calib.calibration_set import SENSOR_OF_DATASET
+from calib.held_out import FIRST_SCORE_SEED
+from calib.pool import FrameJob, FramePool
+from calib.simulated_dataset import labelled_frame
+from calib.simulator import simulate_frame
+from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.config import DetectorConfig
+from dm3d_deploy.evaluation.labels import FrameLabels
 from dm3d_deploy.geometry.voxelize import voxelize
-from dm3d_deploy.pointcloud import Detections, PointCloud
-
-if TYPE_CHECKING:
-    from dm3d_deploy.models.detector import Detector
-
-Detect = Callable[[PointCloud], Detections]
+from dm3d_deploy.pointcloud import Boxes3D, Detections
 
 
-def evaluate_checkpoint(
-    model: str,
-    checkpoint: Path | str,
-    *,
-    frames: int = 100,
-    sensor: str = "nuscenes32",
-    first_seed: int = FIRST_SEED,
-    advanced: Callable[[int, int], None] | None = None,
-) -> NuscenesScore:
-    """Centre-distance AP of a model with these weights on full simulated frames.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenes:
+    """Simulated frames: their voxels in a file as frame workers read it, and their labels."""
 
-    Raises what `detect_held_out` raises, and CheckpointError for weights that do not fit the model.
-    """
-    require("torch", extra="compile")
-    from dm3d_deploy.models.checkpoints import load_checkpoint
-    from dm3d_deploy.models.detector import build_detector
+    file: Path
+    sensor: str
+    first_seed: int
+    labels: tuple[FrameLabels, ...]
 
-    detector = build_detector(load_config(model))
-    load_checkpoint(detector, checkpoint)
-    found, truths = detect_held_out(
-        lambda cloud: detect_with(detector, cloud),
-        detector.config,
-        frames=frames,
-        sensor=sensor,
-        first_seed=first_seed,
-        advanced=advanced,
-    )
-    return score_frames(found, truths)
+    @property
+    def words(self) -> str:
+        """What a table calls them."""
+        last = self.first_seed + len(self.labels) - 1
+        return f"{len(self.labels)} simulated {self.sensor} scenes, seeds {self.first_seed} to {last}"
 
 
-def detect_held_out(
-    detect: Detect,
+def simulate_scenes(
+    file: Path,
     config: DetectorConfig,
     *,
-    frames: int = 100,
-    sensor: str = "nuscenes32",
-    first_seed: int = FIRST_SEED,
-    advanced: Callable[[int, int], None] | None = None,
-) -> tuple[list[Detections], list[Truth]]:
-    """What `detect` finds in held-out simulated frames, and what is there: both for `score_frames`.
+    frames: int,
+    first_seed: int = FIRST_SCORE_SEED,
+    advanced: Callable[[int], None],
+) -> Scenes:
+    """Draw frames of the sensor of the model's data set and write their voxels; `advanced` gets the number done."""
+    sensor = SENSOR_OF_DATASET[config.dataset]
+    arrays: dict[str, np.ndarray] = {}
+    labels = []
+    for index in range(frames):
+        frame = labelled_frame(simulate_frame(first_seed + index, sensor=sensor))
+        voxels = voxelize(frame.cloud, config.voxels)
+        arrays[f"{index}.features"] = voxels.features
+        arrays[f"{index}.coords"] = voxels.coords.astype(np.int16)
+        labels.append(frame.labels)
+        advanced(index + 1)
+    write_bytes(file, save(arrays))
+    return Scenes(file=file, sensor=sensor, first_seed=first_seed, labels=tuple(labels))
 
-    `detect` may be the method of a deployed run. Raises UsageError for frames that cannot be drawn or that training
-    may have seen.
+
+def detect_scenes(
+    scenes: Scenes,
+    weights: Path,
+    config: DetectorConfig,
+    pool: FramePool,
+    *,
+    folder: Path,
+    advanced: Callable[[int], None],
+) -> list[Detections]:
+    """Detections of the torch detector with these weights, in each scene; `folder` is scratch.
+
+    Raises CheckpointError for weights that do not fit the model.
     """
-    found, truths = [], []
-    for cloud, truth in held_out_frames(config, frames=frames, sensor=sensor, first_seed=first_seed):
-        found.append(detect(cloud))
-        truths.append(truth)
-        if advanced is not None:
-            advanced(len(found), frames)
-    return found, truths
+    job = FrameJob(
+        kind="detections",
+        config_text=config.text,
+        weights=str(weights.resolve()),
+        frames_file=str(scenes.file.resolve()),
+        frames=tuple(range(len(scenes.labels))),
+        out_dir=str(folder.resolve()),
+        settings={},
+    )
+    files = pool.run(job, advanced=lambda done, _: advanced(done))
+    found = [_detections(load_file(file), config) for file in files]
+    shutil.rmtree(folder)
+    return found
 
 
-def detect_with(detector: Detector, cloud: PointCloud) -> Detections:
-    """Detections of one frame by a detector in memory, in eval mode."""
-    import torch
-
-    from dm3d_deploy.models.detector import tensors_from_voxels
-
-    features, coords = tensors_from_voxels(voxelize(cloud, detector.config.voxels))
-    with torch.inference_mode():
-        maps = detector(features, coords)
-    return detections_from_maps({name: value.numpy() for name, value in maps.items()}, detector.config)
+def _detections(arrays: Mapping[str, np.ndarray], config: DetectorConfig) -> Detections:
+    table = arrays["boxes"]
+    boxes = Boxes3D(centre=table[:, :3], size=table[:, 3:6], yaw=table[:, 6], velocity=table[:, 7:9])
+    return Detections(boxes=boxes, scores=arrays["scores"], labels=arrays["labels"], class_names=config.class_names)

@@ -86,7 +86,7 @@ def _kitti(found: Sequence[Detections], labels: Sequence[FrameLabels], scored: S
 
 
 def _nuscenes(found: Sequence[Detections], labels: Sequence[FrameLabels], scored: Sequence[str]) -> Scores:
-    detections, truths = _in_words(found, labels, NUSCENES_CLASS, scored)
+    detections, truths = in_words(found, labels, NUSCENES_CLASS, scored)
     farthest = max(CLASS_RANGE_M.values())
     limits = {ALL: (0.0, np.inf), **{name: limit for name, limit in RANGES.items() if limit[0] < farthest}}
     rows = tuple(row for name, limit in limits.items() for row in nuscenes_rows(detections, truths, name, limit))
@@ -101,7 +101,7 @@ def _nuscenes(found: Sequence[Detections], labels: Sequence[FrameLabels], scored
 
 
 def _once(found: Sequence[Detections], labels: Sequence[FrameLabels], scored: Sequence[str]) -> Scores:
-    rows = once_rows(*_in_words(found, labels, ONCE_CLASS, scored))
+    rows = once_rows(*in_words(found, labels, ONCE_CLASS, scored))
     summary = {f"mAP {subset}": once_mean(rows, subset) for subset in dict.fromkeys(row.subset for row in rows)}
     return Scores(rows=rows, summary=summary, notes=("mAP is over vehicle, pedestrian and cyclist",))
 
@@ -112,7 +112,7 @@ def _mean(rows: Sequence[ApRow], measure: str, subset: str) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _in_words(
+def in_words(
     found: Sequence[Detections], labels: Sequence[FrameLabels], words: Mapping[str, str], scored: Sequence[str]
 ) -> tuple[list[Detections], list[Truth]]:
     """Detections and labels in the metric's classes; those of other classes are left out."""
