@@ -1,0 +1,73 @@
+"""TensorRT-RTX takes the node of backbone3d.onnx for one plugin, of the plan's types and shapes: built, not run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+import engines
+from dm3d_deploy.stages import FILES
+from engines.sparse3d.plan_file import read_plan
+from engines.tensorrt_rtx import rtx_missing
+
+pytestmark = pytest.mark.tensorrt
+CHILD = Path(__file__).with_name("rtx_plugin_child.py")
+TYPE_OF = {"fp16": "HALF", "fp32": "FLOAT", "i32": "INT32"}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A folder where the parser finds libtensorrt_rtx.so by that name, which the package gives it with a number."""
+    if rtx_missing() is not None:
+        pytest.skip(str(rtx_missing()))
+    import tensorrt_rtx_libs
+
+    folder = tmp_path_factory.mktemp("lib")
+    (home,) = map(Path, tensorrt_rtx_libs.__path__)
+    (folder / "libtensorrt_rtx.so").symlink_to(next(home.glob("libtensorrt_rtx.so*")))
+    return folder
+
+
+def child(library, folder, cwd, *words):
+    """What the child answers for the run in `folder`."""
+    answer = library / "answer.json"
+    done = subprocess.run(
+        [sys.executable, str(CHILD), str(folder / FILES["backbone3d"]), str(answer), *words],
+        env={
+            **os.environ,
+            "LD_LIBRARY_PATH": str(library),
+            "PYTHONPATH": str(Path(str(engines.__file__)).parents[1]),
+        },
+        cwd=cwd, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(answer.read_text())
+
+
+def test_every_node_of_ours_becomes_one_plugin_of_the_plans_shapes(library, tiny_run):
+    told = child(library, tiny_run, tiny_run, "plugin")
+    nodes = [node for node in onnx.load(tiny_run / FILES["backbone3d"]).graph.node if node.domain == "dm3d"]
+    assert (told["parsed"], told["errors"]) == (True, [])
+    assert told["plugins"] == [node.name for node in nodes] == ["backbone_3d"]
+    assert told["layers"] == 1
+    plan = read_plan(tiny_run / FILES["plan"])
+    assert told["outputs"] == {item.name: [TYPE_OF[item.dtype], list(item.shape)] for item in plan.outputs}
+    assert told["calls"] == [str([list(item.shape) for item in [*plan.inputs, *plan.outputs]])]
+    assert told["built"]
+    assert told["carries_the_plan"]
+
+
+def test_without_the_plugin_the_slow_body_is_not_taken_silently(library, tiny_run):
+    told = child(library, tiny_run, tiny_run)
+    assert (told["parsed"], told["plugins"]) == (False, [])
+    assert any("SparseBackbone3d" in line for line in told["errors"])
+
+
+def test_a_plan_that_is_not_found_ends_the_parse(library, tiny_run, tmp_path):
+    told = child(library, tiny_run, tmp_path, "plugin")
+    assert (told["parsed"], told["plugins"]) == (False, [])
+    assert any("Could not create the plugin" in line for line in told["errors"])
