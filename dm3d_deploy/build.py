@@ -52,8 +52,8 @@ class Planned:
 
 
 def default_out(recipe: Recipe) -> Path:
-    """Where a build goes when nobody says: runs/MODEL-TARGET."""
-    return Path("runs") / f"{Path(recipe.model).stem}-{recipe.target:g}"
+    """Where a build goes when nobody says: runs/MODEL-GOAL."""
+    return Path("runs") / f"{Path(recipe.model).stem}-{recipe.goal}"
 
 
 def build(

@@ -1,4 +1,4 @@
-"""Digests of what lies outside a run and yet decides it: the model's YAML, the checkpoint, the frames."""
+"""Digests of what lies outside a run and yet decides it: the model's YAML, the checkpoint, the frames, the profile."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dm3d_deploy.artifacts import canonical_json, digest_of_bytes, digest_of_fil
 from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.errors import CheckpointError, InternalError
 from dm3d_deploy.models.bundled import bundled_weights
+from dm3d_deploy.profiling import read_profile
 from dm3d_deploy.recipe import Recipe
 
 
@@ -44,4 +45,7 @@ def outside_digest(name: str, recipe: Recipe) -> str:
             "files": {path: digest_of_file(Path(path)) for path in files},
         }
         return digest_of_bytes(canonical_json(content).encode())
+    if name == "profile":
+        named = recipe.profile
+        return "none" if named is None or Path(named).suffix != ".json" else read_profile(Path(named)).digest()
     raise InternalError(f"no outside input is called '{name}'")

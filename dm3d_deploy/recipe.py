@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,21 +12,30 @@ from dm3d_deploy.errors import UsageError, nearest
 SCOPES = ("backbone", "model")
 PATTERNS = ("auto", "unstructured")
 PRECISIONS = ("fp16", "fp32")
+COSTS = ("macs", "executed", "latency")
 METHODS = ("dm3d", "uniform", "erk", "lamp", "taylor", "paper-eq13")
 RECOVERIES = ("none", "bn", "reconstruct")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A build's choices. `target` is the share of MACs to keep; the other defaults are those of docs/method.md.
+    """A build's choices; the defaults are those of docs/method.md.
 
+    One goal: `target`, the share of the cost to keep, `target_ms`, the network's time, or `max_distortion`, within
+    which the cheapest is chosen. `cost` is kept MACs, executed MACs, or latency by a `profile` (a .json file or a
+    device's name, else the one `device`). `candidates` allocations for a target are verified by a true forward.
     `model` is a name or a YAML path, `frames` is `simulated`, a file or a folder. Of the frames, `calibration_frames`
     rank and price the weights, `selection_frames` accept or refuse the recovery, `held_out_frames` only report.
     `method` is DM3D or a baseline to hold it against; no `sketches` at all is the plain sum of paper-eq13.
     """
 
     model: str
-    target: float
+    target: float | None = None
+    target_ms: float | None = None
+    max_distortion: float | None = None
+    cost: str = "macs"
+    profile: str | None = None
+    candidates: int = 3
     method: str = "dm3d"
     checkpoint: str | None = None
     frames: str = "simulated"
@@ -48,27 +58,57 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, (int, float)) or not 0 < self.target <= 1:
-            raise UsageError(
-                f"the target {self.target} is not a share of MACs in (0, 1].", fix="for example --target 0.3 keeps 30 %"
-            )
         for name, value, known in (
             ("scope", self.scope, SCOPES),
             ("patterns", self.patterns, PATTERNS),
             ("precision", self.precision, PRECISIONS),
+            ("cost", self.cost, COSTS),
             ("method", self.method, METHODS),
             ("recover", self.recover, RECOVERIES),
         ):
             if value not in known:
                 raise UsageError(f"--{name} {value} is unknown.", fix=nearest(value, known))
-        for name in ("calibration_frames", "held_out_frames", "ratios", "box_cells", "bench_repeats"):
+        for name in ("calibration_frames", "held_out_frames", "ratios", "box_cells", "bench_repeats", "candidates"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}.", fix="give at least 1")
         if self.selection_frames < 0 or self.seed < 0:
             raise UsageError("selection_frames and seed cannot be negative.", fix="give 0 or more")
+        self._check_goal()
         self._check_method()
 
+    def _check_goal(self) -> None:
+        goals = {"--target": self.target if self.target is not None else self.target_ms}
+        goals["--max-distortion"] = self.max_distortion
+        given = [name for name, value in goals.items() if value is not None]
+        if len(given) != 1 or (self.target is not None and self.target_ms is not None):
+            raise UsageError(
+                f"a build has one goal, not {len(given) or 'none'}.",
+                fix="give --target 0.3, --target 25ms or --max-distortion 0.05, and only one of them",
+            )
+        if self.target is not None and not (isinstance(self.target, (int, float)) and 0 < self.target <= 1):
+            raise UsageError(
+                f"the target {self.target} is not a share of MACs in (0, 1].", fix="for example --target 0.3 keeps 30 %"
+            )
+        for word, value in (("target in ms", self.target_ms), ("largest distortion", self.max_distortion)):
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"the {word} is {value}.", fix="give a number above 0")
+        if self.target_ms is not None and self.cost != "latency":
+            raise UsageError(f"a target in ms is a latency, not --cost {self.cost}.", fix="give --cost latency")
+        if self.profile is not None and self.cost != "latency":
+            raise UsageError(f"--cost {self.cost} reads no profile.", fix="give --cost latency, or no --profile")
+
+    @property
+    def goal(self) -> str:
+        """The goal in a word, as a run's folder is named after it: `0.3`, `25ms`, `distortion0.05`."""
+        if self.target is not None:
+            return f"{self.target:g}"
+        return f"{self.target_ms:g}ms" if self.target_ms is not None else f"distortion{self.max_distortion:g}"
+
     def _check_method(self) -> None:
+        if self.method != "dm3d" and (self.target is None or self.cost != "macs"):
+            raise UsageError(
+                f"--method {self.method} knows no budget but a share of MACs.", fix="give --target 0.3 and no --cost"
+            )
         if self.method != "dm3d" and self.patterns != "unstructured":
             raise UsageError(
                 f"--method {self.method} prunes weights freely, which --patterns {self.patterns} does not mean.",
@@ -92,7 +132,15 @@ def recipe_from_mapping(data: Mapping[str, Any]) -> Recipe:
     for key in data:
         if key not in known:
             raise UsageError(f"the recipe has no key '{key}'.", fix=nearest(key, known))
-    for key in ("model", "target"):
-        if key not in data:
-            raise UsageError(f"the recipe has no '{key}'.", fix=f"add {key}")
+    if "model" not in data:
+        raise UsageError("the recipe has no 'model'.", fix="add model")
     return Recipe(**data)
+
+
+def goal_from_text(text: str) -> dict[str, float]:
+    """The recipe field that a target means: `0.3` a share of the cost, `25ms` a time."""
+    number, field = (text[:-2], "target_ms") if text.strip().endswith("ms") else (text, "target")
+    try:
+        return {field: float(number)}
+    except ValueError:
+        raise UsageError(f"the target '{text}' is no number.", fix="give --target 0.3 or --target 25ms") from None

@@ -106,9 +106,12 @@ STAGES: tuple[Stage, ...] = (
         recipe=("method", "ratios", "damping", "kappa"),
     ),
     Stage(
-        name="allocate", says="spend the budget", run="dm3d_deploy.steps.prune:allocate",
-        reads=("layers", "curves", "scores"), writes=("allocation",),
-        recipe=("method", "target", "scope", "patterns", "device"),
+        name="allocate", says="spend the budget", run="dm3d_deploy.steps.allocate:allocate",
+        reads=("model_config", "model_info", "dense_weights", "frames", "frames_info", "output_scale", "layers",
+               "curves", "scores"),
+        writes=("allocation",), outside=("profile",),
+        recipe=("method", "target", "target_ms", "max_distortion", "cost", "profile", "candidates", "scope",
+                "patterns", "device", "precision", "lambda_box", "lambda_score", "box_cells"),
     ),
     Stage(
         name="mask", says="choose the weights", run="dm3d_deploy.steps.prune:mask",
@@ -152,7 +155,8 @@ STAGES: tuple[Stage, ...] = (
                "export_info", "plan", "plan_info", "engines_info", "output_scale", "verification", "dense_detections",
                "pruned_detections", "latency"),
         writes=("report", "report_page"),
-        recipe=("target", "scope", "patterns", "device", "precision"), reproducible=False,
+        recipe=("target", "target_ms", "max_distortion", "cost", "scope", "patterns", "device", "precision"),
+        reproducible=False,
     ),
 )  # fmt: skip
 

@@ -29,7 +29,18 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel=FOREGROUND)
 def build(
     model: Annotated[str, typer.Option(help="A model's name, or an OpenPCDet YAML.")],
-    target: Annotated[float, typer.Option(help="Share of the multiplications to keep, in (0, 1].")],
+    target: Annotated[
+        str | None, typer.Option(help="Share of the cost to keep, in (0, 1], or a time of the network: 25ms.")
+    ] = None,
+    max_distortion: Annotated[
+        float | None, typer.Option(help="Instead of --target: the cheapest within this distortion.")
+    ] = None,
+    cost: Annotated[
+        str | None, typer.Option(help="macs, executed or latency [default: latency for a time, else macs].")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Of --cost latency: a profile.json, or a device to estimate for.")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="OpenPCDet .pth, or .safetensors.")] = None,
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
     scope: Annotated[str, typer.Option(help="What the budget counts: backbone (3D + 2D) or model.")] = "backbone",
@@ -47,10 +58,13 @@ def build(
 ) -> None:
     """Prune, export, build, verify, measure and report; finished stages are kept and skipped the next time."""
     from dm3d_deploy import build as builder
-    from dm3d_deploy.recipe import Recipe
+    from dm3d_deploy.recipe import Recipe, goal_from_text
 
+    goal = {} if target is None else goal_from_text(target)
     recipe = Recipe(
-        model=model, target=target, checkpoint=str(checkpoint) if checkpoint else None, frames=frames, scope=scope,
+        model=model, **goal, max_distortion=max_distortion, profile=profile,
+        cost=cost or ("latency" if "target_ms" in goal else "macs"),
+        checkpoint=str(checkpoint) if checkpoint else None, frames=frames, scope=scope,
         patterns=patterns, device=device, precision=precision, calibration_frames=calibration_frames, seed=seed,
     )  # fmt: skip
     root = out if out is not None else builder.default_out(recipe)

@@ -2,7 +2,7 @@
 
 A roofline with wave quantisation for dense layers, fitted on NVIDIA's per-layer log of an A100 PCIe 40 GB (TensorRT
 8.2.3, FP16) and checked on stage totals only: no per-layer profile of an Orin is public. For the sparse 3D stage the
-totals of NVIDIA's log of 6,019 nuScenes frames on an Orin. docs/measurements/latency-model.md holds the formulas beside the checks.
+totals of 6,019 nuScenes frames on an Orin. docs/measurements/latency-model.md holds formulas and checks.
 Every number that comes from here is an estimate and is called so.
 """
 

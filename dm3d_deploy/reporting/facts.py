@@ -11,6 +11,7 @@ REFERENCE_VARIANT = "dense"
 TOTAL_STAGE = "total"
 PART_TITLES = {"3d": "3D backbone", "2d": "2D backbone", "head": "Head"}
 BACKBONE_PARTS = ("3d", "2d")
+STAGE_PARTS = {"3D": ("3d",), "BEV + head": ("2d", "head")}
 NORMAL_975 = 1.959964
 
 
@@ -150,6 +151,59 @@ def latency_groups(report: Mapping[str, Any]) -> dict[tuple[str, str, bool], lis
     return groups
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRow:
+    """One stage's time as the allocation counted it, beside the medians that were measured here (dense, pruned)."""
+
+    stage: str
+    dense_ms: float
+    planned_ms: float
+    fixed_ms: float
+    band: float | None
+    measured_here_ms: tuple[float, float] | None
+
+
+def planned_rows(report: Mapping[str, Any]) -> list[PlannedRow]:
+    """The planned time by the stages that the bench times; none where the budget counted multiplications."""
+    if report["planned_time"] is None:
+        return []
+    by_part = report["planned_time"]["by_part"]
+    here = {(entry["stage"], entry["variant"]): entry["p50_ms"] for entry in report["latency"] if entry["measured"]}
+    rows = []
+    for stage, names in STAGE_PARTS.items():
+        parts = [by_part[name] for name in names if name in by_part]
+        bands = [part["band"] for part in parts]
+        dense, pruned = here.get((stage, REFERENCE_VARIANT)), here.get((stage, "pruned"))
+        rows.append(
+            PlannedRow(
+                stage=stage,
+                dense_ms=sum(part["dense_ms"] for part in parts),
+                planned_ms=sum(part["planned_ms"] for part in parts),
+                fixed_ms=sum(part["fixed_ms"] for part in parts),
+                band=None if not bands or None in bands else max(bands),
+                measured_here_ms=None if dense is None or pruned is None else (dense, pruned),
+            )
+        )
+    return rows
+
+
+def planned_words(report: Mapping[str, Any]) -> str:
+    """The planned time in one line, its label first, each stage with its band."""
+    time = report["planned_time"]
+    parts = ", ".join(
+        f"{row.stage} {milliseconds(row.dense_ms)} to {milliseconds(row.planned_ms)}{_band_words(row, time)}"
+        for row in planned_rows(report)
+    )
+    total = f"{milliseconds(time['dense_ms'])} to {milliseconds(time['planned_ms'])}"
+    return f"{time['label'].upper()}: {total} at {time['voxels']:,} voxels; {parts}"
+
+
+def _band_words(row: PlannedRow, time: Mapping[str, Any]) -> str:
+    if row.band is not None:
+        return f" (+-{percent(row.band)})"
+    return " (no band: never compared)" if time["standing"] == "estimated" else ""
+
+
 def final_distortion(report: Mapping[str, Any]) -> tuple[float, str]:
     """The distortion of the weights that are shipped, and how it is known."""
     distortion, recovery = report["distortion"], report["recovery"]
@@ -216,7 +270,8 @@ def verdict_sentence(report: Mapping[str, Any]) -> str:
     budget = report["budget"]
     kept = (
         f"keeps {percent(budget['kept_of_backbone'])} of its backbones' MACs "
-        f"({percent(budget['kept_of_model'])} of the whole model's)"
+        f"({percent(budget['kept_of_model'])} of the whole model's; hardware executes "
+        f"{percent(share_of(backbone_macs(report), 'executed'))} of the backbones')"
     )
     return (
         f"{reason}{untrained}{report['model']['name']} {kept}; "

@@ -59,6 +59,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "distortion_how": how,
         "headline": facts.headline_pair(report),
         "latency": _latency_tables(report),
+        "planned": facts.planned_rows(report),
         "parity": _parity_groups(report),
         "passed_parity": sum(comparison["passed"] for comparison in report["parity"]),
         "picture": report["detections"] and report["detections"]["picture"],

@@ -86,7 +86,9 @@ SCHEMA: dict[str, Any] = {
         "notes": ListOf(WORDS),
     },
     "budget": {
-        "target": SHARE,
+        "goal": WORDS,
+        "cost": WORDS,
+        "target": Nullable(SHARE),
         "kept": SHARE,
         "executed": SHARE,
         "scope": WORDS,
@@ -94,6 +96,17 @@ SCHEMA: dict[str, Any] = {
         "lower_bound_gap": Nullable(AMOUNT),
         "kept_of_backbone": SHARE,
         "kept_of_model": SHARE,
+        "candidates": ListOf(
+            {
+                "name": WORDS,
+                "predicted": AMOUNT,
+                "verified": Nullable(AMOUNT),
+                "cost": AMOUNT,
+                "share": AMOUNT,
+                "chosen": FLAG,
+                "tie": FLAG,
+            }
+        ),
     },
     "macs": {**MACS, "by_part": MapOf(MACS, keys=PARTS)},
     "distortion": {
@@ -144,6 +157,20 @@ SCHEMA: dict[str, Any] = {
             "tolerance": WORDS,
             "passed": FLAG,
             "detail": TEXT,
+        }
+    ),
+    "planned_time": Nullable(
+        {
+            **dict.fromkeys(("label", "standing", "device", "clock", "precision"), WORDS),
+            "voxels": COUNT,
+            "sha256": SHA256,
+            "dense_ms": AMOUNT,
+            "planned_ms": AMOUNT,
+            "by_part": MapOf(
+                {"dense_ms": AMOUNT, "planned_ms": AMOUNT, "fixed_ms": AMOUNT, "band": Nullable(AMOUNT)}, keys=PARTS
+            ),
+            "stamp": MapOf(WORDS),
+            "notes": ListOf(WORDS),
         }
     ),
     "latency": ListOf(
@@ -323,6 +350,8 @@ def _check_words(data: Mapping[str, Any]) -> None:
 
 def _check_evidence(data: Mapping[str, Any]) -> None:
     """No claim without what it rests on: comparisons, held-out frames, samples and the stamp of the machine."""
+    if (data["planned_time"] is None) != (data["budget"]["cost"] != "latency"):
+        raise _refuse("planned_time", f"the cost is {data['budget']['cost']}")
     failed = [comparison["output"] for comparison in data["parity"] if not comparison["passed"]]
     if data["verdict"]["passed"] and (failed or not data["parity"]):
         why = f"{len(failed)} comparisons failed, first {failed[0]}" if failed else "nothing was compared"

@@ -84,9 +84,12 @@ def _findings(report: Mapping[str, Any]) -> Table:
     parts = [f"{word} {facts.significant(value)}" for word, value in known if value is not None]
     parts += [f"{baseline['method']} {facts.significant(baseline['heldout'])}" for baseline in distortion["baselines"]]
     rows = [
-        ("budget", f"target {facts.percent(budget['target'])} of {budget['unit']}, scope {budget['scope']}"),
+        ("goal", f"{budget['goal']}, cost {budget['cost']}"),
+        ("reached", f"{facts.percent(budget['kept'])} kept, {facts.percent(budget['executed'])} executed of the scope"),
         ("distortion", ", ".join(parts) + simulated),
     ]
+    if report["planned_time"] is not None:
+        rows.insert(2, ("planned time", facts.planned_words(report)))
     failed = [comparison for comparison in report["parity"] if not comparison["passed"]]
     rows.append(("comparisons", f"{len(report['parity']) - len(failed)} of {len(report['parity'])} within tolerance"))
     rows += [("", f"FAIL {_failure(comparison)}") for comparison in failed[:SHOWN_FAILURES]]

@@ -1,10 +1,8 @@
-"""The stages that decide which weights go: gradients, curves, allocate, mask, recover."""
+"""The stages that decide which weights go: gradients, curves, mask."""
 
 from __future__ import annotations
 
-import json
-import math
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -12,26 +10,16 @@ from safetensors.numpy import load_file, save
 
 from dm3d_deploy.artifacts import write_bytes, write_json
 from dm3d_deploy.config import load_config
-from dm3d_deploy.device import devices_from
-from dm3d_deploy.pruning.allocation import allocate as allocate_budget
-from dm3d_deploy.pruning.allocation import items_for
-from dm3d_deploy.pruning.contracts import Budget, Choice, Curve, Layer, Pattern, Scope
+from dm3d_deploy.pruning.contracts import Curve, Layer, Pattern
 from dm3d_deploy.pruning.curves import layer_curve
 from dm3d_deploy.pruning.macs import executed_macs, kept_macs
 from dm3d_deploy.pruning.masks import masks_of
 from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import eligible_patterns, is_2_4, ratio_grid, taps_from_native
 from dm3d_deploy.stages import RunContext
-from dm3d_deploy.steps.baseline import PAPER, baseline_allocation, printed_objective, scores_of
+from dm3d_deploy.steps.baseline import PAPER, printed_objective, scores_of
 from dm3d_deploy.steps.frame_work import frame_job, frames_of
-from dm3d_deploy.steps.layers import (
-    allocation_as_json,
-    in_scope,
-    layers_as_json,
-    layers_of,
-    read_allocation,
-    read_layers,
-)
+from dm3d_deploy.steps.layers import in_scope, layers_as_json, layers_of, read_allocation, read_layers
 
 ALL_PATTERNS: tuple[Pattern, ...] = ("unstructured", "2:4", "tile")
 
@@ -102,51 +90,6 @@ def _curve_as_json(curve: Curve) -> dict[str, Any]:
         "distortion": curve.distortion.tolist(),
         "cost": curve.cost.tolist(),
     }
-
-
-def read_curves(run: RunContext) -> list[Curve]:
-    """The curves that the stage `curves` wrote."""
-    rows = json.loads(run.path("curves").read_text(encoding="utf-8"))
-    return [
-        Curve(
-            layer=row["layer"],
-            pattern=row["pattern"],
-            unit=row["unit"],
-            ratio=np.asarray(row["ratio"], dtype=np.float64),
-            distortion=np.asarray(row["distortion"], dtype=np.float64),
-            cost=np.asarray(row["cost"], dtype=np.float64),
-        )
-        for row in rows
-    ]
-
-
-def allocate(run: RunContext) -> None:
-    """Spend the budget over the layers in scope."""
-    layers = in_scope(read_layers(run.path("layers")), run.recipe.scope)
-    offered = {cast(Pattern, pattern) for device in devices_from(run.recipe.device) for pattern in device.patterns}
-    by_layer: dict[str, list[Curve]] = {}
-    for curve in read_curves(run):
-        by_layer.setdefault(curve.layer, []).append(curve)
-    items: list[tuple[Choice, ...]] = []
-    skipped = []
-    fixed = 0.0
-    for layer in layers:
-        patterns, skip = eligible_patterns(layer, offered)
-        if skip is not None:
-            skipped.append({"layer": skip.layer, "reason": skip.reason})
-        if patterns == ("dense",):
-            fixed += layer.macs
-            continue
-        usable = [curve for curve in by_layer[layer.name] if curve.pattern in patterns]
-        items.append(items_for(layer, usable, run.recipe.patterns))
-    dense = math.fsum(layer.macs for layer in layers)
-    budget = Budget(value=run.recipe.target, denominator=dense, scope=cast(Scope, run.recipe.scope))
-    if run.recipe.method == "dm3d":
-        allocation = allocate_budget(items, budget=budget, fixed_cost=fixed)
-    else:
-        free = [layer for layer in layers if not layer.final]
-        allocation = baseline_allocation(run, free, read_curves(run), budget, fixed)
-    write_json(run.path("allocation"), {**allocation_as_json(allocation), "skipped": skipped})
 
 
 def mask(run: RunContext) -> None:

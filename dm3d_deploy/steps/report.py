@@ -26,7 +26,10 @@ from dm3d_deploy.steps.deploy import shown_cloud
 from dm3d_deploy.steps.layers import PARTS_OF_SCOPE
 
 SAME_OBJECT_M = 1.0
-OPTIONS = {"checkpoint", "frames", "scope", "patterns", "device", "precision", "calibration_frames", "seed"}
+OPTIONS = {
+    "checkpoint", "frames", "scope", "patterns", "device", "precision", "calibration_frames", "seed", "cost", "profile",
+}  # fmt: skip
+COUNTED = {"macs": "MACs", "executed": "executed MACs"}
 PICTURE_MARGIN = 1.05
 NO_TIME = (
     "ONNX Runtime multiplies zeros like any other number. It saves time only where a kernel offset of the 3D backbone "
@@ -56,15 +59,24 @@ def command_of(recipe: Recipe) -> str:
 
     How often a latency was sampled is no part of either: it stands beside the latency.
     """
-    usual = Recipe(model=recipe.model, target=recipe.target, bench_repeats=recipe.bench_repeats).as_json()
+    goal = _goal(recipe)
+    usual = Recipe(model=recipe.model, bench_repeats=recipe.bench_repeats, **goal).as_json()
     changed = {name: value for name, value in recipe.as_json().items() if value != usual[name]}
     if not changed.keys() <= OPTIONS:
-        named = {"model": recipe.model, "target": recipe.target, **changed}
+        named = {"model": recipe.model, **goal, **changed}
         return f"build(Recipe({', '.join(f'{name}={value!r}' for name, value in named.items())}))"
-    words = ["dm3d-deploy", "build", "--model", recipe.model, "--target", f"{recipe.target:g}"]
+    option = "--target" if recipe.max_distortion is None else "--max-distortion"
+    words = ["dm3d-deploy", "build", "--model", recipe.model, option, recipe.goal.removeprefix("distortion")]
     for name, value in changed.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
+
+
+def _goal(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's fields that say its goal; a time implies its cost."""
+    if recipe.target_ms is not None:
+        return {"target_ms": recipe.target_ms, "cost": "latency"}
+    return {"target": recipe.target} if recipe.target is not None else {"max_distortion": recipe.max_distortion}
 
 
 def gather(run: RunContext) -> dict[str, Any]:
@@ -92,6 +104,7 @@ def gather(run: RunContext) -> dict[str, Any]:
         "layers": _layers(run.recipe, found),
         "skipped": [row for kind in ("allocation", "plan_info", "engines_info") for row in found[kind]["skipped"]],
         "parity": found["verification"]["parity"],
+        "planned_time": found["allocation"]["time"],
         "latency": found["latency"]["latency"],
         "latency_note": NO_TIME,
         "plan": plan_section(run.root, found["plan_info"]),
@@ -137,15 +150,30 @@ def _share(parts: Mapping[str, Mapping[str, float]], names: tuple[str, ...], col
 def _budget(recipe: Recipe, allocation: Mapping[str, Any], parts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     scope = PARTS_OF_SCOPE[recipe.scope]
     return {
+        "goal": _goal_words(recipe, allocation),
+        "cost": recipe.cost,
         "target": recipe.target,
         "kept": _share(parts, scope, "kept"),
         "executed": _share(parts, scope, "executed"),
         "scope": recipe.scope,
-        "unit": "macs",
+        "unit": allocation["budget"]["unit"],
         "lower_bound_gap": allocation["gap"],
         "kept_of_backbone": _share(parts, PARTS_OF_SCOPE["backbone"], "kept"),
         "kept_of_model": _share(parts, PARTS_OF_SCOPE["model"], "kept"),
+        "candidates": allocation["candidates"],
     }
+
+
+def _goal_words(recipe: Recipe, allocation: Mapping[str, Any]) -> str:
+    """The goal in words, the cost in them, and for a time how it is known."""
+    time = allocation["time"]
+    whole = f"the {recipe.scope}'s {COUNTED[recipe.cost]}" if time is None else f"the network's time ({time['label']})"
+    if recipe.max_distortion is not None:
+        return f"the least of {whole} within a distortion of {recipe.max_distortion:g}"
+    if recipe.target is not None:
+        return f"at most {100 * recipe.target:g} % of {whole}"
+    enough = ", which the dense network takes already" if time["dense_ms"] <= recipe.target_ms else ""
+    return f"at most {recipe.target_ms:g} ms of {whole}{enough}"
 
 
 def _distortion(found: Mapping[str, Any]) -> dict[str, Any]:

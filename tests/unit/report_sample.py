@@ -261,6 +261,8 @@ def _provenance() -> dict[str, Any]:
 def _budget(macs: dict[str, Any]) -> dict[str, Any]:
     backbone = {c: macs[c] - macs["by_part"]["head"][c] for c in ("dense", "kept", "executed")}
     return {
+        "goal": "at most 35 % of the backbone's MACs",
+        "cost": "macs",
         "target": 0.35,
         "kept": backbone["kept"] / backbone["dense"],
         "executed": backbone["executed"] / backbone["dense"],
@@ -269,7 +271,12 @@ def _budget(macs: dict[str, Any]) -> dict[str, Any]:
         "lower_bound_gap": 0.00042,
         "kept_of_backbone": backbone["kept"] / backbone["dense"],
         "kept_of_model": macs["kept"] / macs["dense"],
-    }
+        "candidates": [
+            {"name": name, "predicted": 0.11, "verified": value, "cost": 1e10, "share": 0.35, "chosen": taken,
+             "tie": False}
+            for name, value, taken in (("least sum of distortions", 0.09, True), ("least sum of squares", 0.12, False))
+        ],
+    }  # fmt: skip
 
 
 @functools.cache
@@ -305,6 +312,7 @@ def _sample_as_json(trained: bool, simulated: bool) -> str:
         "layers": layers,
         "skipped": [{"layer": "dense_head.heads_list.0.hm.1", "reason": "final head convolutions stay dense"}],
         "parity": _parity(),
+        "planned_time": None,
         "latency": _latency(rng),
         "latency_note": "Zeros save no time on a CPU: only removed channels and skipped 3D tiles do.",
         "plan": _plan(),

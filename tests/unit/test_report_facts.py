@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -98,7 +99,8 @@ def test_the_verdict_of_a_trained_detector_on_real_frames() -> None:
     sentence = facts.verdict_sentence(sample_report(trained=True, simulated=False))
     assert "UNTRAINED" not in sentence
     assert "simulated" not in sentence
-    assert sentence.startswith("centerpoint keeps 33.1 % of its backbones' MACs (54.2 % of the whole model's); ")
+    assert sentence.startswith("centerpoint keeps 33.1 % of its backbones' MACs (54.2 % of the whole model's; ")
+    assert re.search(r"; hardware executes \d+\.\d % of the backbones'\); the distortion", sentence)
     assert "the distortion is 0.0970 on held-out frames after recovery; " in sentence
     assert sentence.endswith("on 2-core x86-64 CPU, n = 300).")
     assert "the total takes 42.5 ms instead of 56.2 ms (median, measured with onnxruntime" in sentence
