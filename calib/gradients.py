@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dm3d_deploy.models.detector import Detector
-from dm3d_deploy.pruning.normalisation import Cells, OutputScale, box_names, tasks_of, top_cells
+from dm3d_deploy.pruning.normalisation import Cells, OutputScale, box_names, score_name, tasks_of, top_cells
 
 
 def normalised_outputs(
@@ -24,7 +24,7 @@ def normalised_outputs(
     values = sum(len(chosen) * maps[name].shape[1] for task, chosen in cells.items() for name in box_names(maps, task))
     pieces = []
     for task in tasks_of(maps):
-        pieces.append(math.sqrt(lambda_score / scale.score_energy) * torch.sigmoid(maps[f"{task}.hm"]))
+        pieces.append(math.sqrt(lambda_score / scale.score_energy) * torch.sigmoid(maps[score_name(maps, task)]))
     for task, chosen in cells.items():
         index = torch.from_numpy(chosen)
         for name in box_names(maps, task):

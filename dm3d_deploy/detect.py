@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from dm3d_deploy.artifacts import Manifest, read_manifest
-from dm3d_deploy.config import DetectorConfig, load_config
+from dm3d_deploy.config import AnchorHeadConfig, DetectorConfig, load_config
 from dm3d_deploy.errors import StaleArtifact, UsageError, nearest
+from dm3d_deploy.geometry.anchors import anchor_maps
 from dm3d_deploy.geometry.decode import detections_from_maps
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Detections, PointCloud, Voxels
@@ -55,15 +56,18 @@ class DeployedDetector:
 
     def voxels_of(self, cloud: PointCloud) -> Voxels:
         """First stage."""
-        return voxelize(cloud, self.config.voxels)
+        return voxelize(cloud, self.config)
 
     def bev_from_voxels(self, voxels: Voxels) -> np.ndarray:
-        """Second stage: the sparse 3D backbone, [1, C, H, W]."""
+        """Second stage: the sparse 3D backbone or the point network of pillars, [1, C, H, W]."""
         return run_backbone(self.backbone, voxels)[0]
 
     def maps_from_bev(self, bev: np.ndarray) -> dict[str, np.ndarray]:
-        """Third stage: raw head maps "TASK.BRANCH", Float32."""
+        """Third stage: raw head maps "TASK.BRANCH" or, of an anchor head, "ANCHOR.BRANCH", Float32."""
         outputs = self.head.run({"bev": bev.astype(self.head.inputs["bev"][0], copy=False)})
+        if isinstance(self.config.head, AnchorHeadConfig):
+            whole = {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
+            return anchor_maps(whole, self.config.head.per_cell)
         return {map_name(name): array.astype(np.float32, copy=False) for name, array in outputs.items()}
 
     def decode(self, maps: Mapping[str, np.ndarray]) -> Detections:

@@ -103,7 +103,7 @@ def _detect_one(
         "frame": str(path),
         "points": len(cloud.points),
         "columns": list(cloud.columns),
-        "voxels": len(voxels.coords),
+        "voxels": voxels.cells,
         "dropped_voxels": voxels.dropped,
         "cutoff_m": voxels.cutoff_m if math.isfinite(voxels.cutoff_m) else None,
         "detections": len(found),

@@ -190,7 +190,7 @@ def _detect_with(detector: Detector, cloud: PointCloud) -> Detections:
 
 
 def _fitting_model(path: Path) -> str:
-    """The built-in model whose tensors have the checkpoint's names and numbers of values."""
+    """The one built-in model whose tensors have the checkpoint's names and numbers of values."""
     from dm3d_deploy.models.checkpoints import read_tensors
     from dm3d_deploy.models.detector import build_detector
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dm3d_deploy.artifacts import MANIFEST_NAME, Artifact, Manifest, digest_of_file, read_manifest
-from dm3d_deploy.config import detector_names, load_config
+from dm3d_deploy.config import CenterHeadConfig, DetectorConfig, detector_names, load_config
 from dm3d_deploy.errors import CheckpointError, UsageError, require
 from dm3d_deploy.measurements import Measurements, read_measurements
 from dm3d_deploy.models.bundled import TRAINED_ON, bundled_weights
@@ -30,7 +30,27 @@ SAFETENSORS_TYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 HEAT_MAP = re.compile(r"dense_head\.heads_list\.(\d{1,4})\.hm\.(\d{1,4})(?:\.\d+)*\.weight")
 NON_FINITE_BFLOAT16 = 0x7F80
 UNTRAINED = "none: UNTRAINED (seeded by parameter name) without --checkpoint"
-COMPARED = {"centerpoint": "every tensor of OpenPCDet's forward, with seeded weights"}
+# No checkpoint of a user's was seen by any of them: parity is that of seeded weights.
+SEEDED = "seeded parity: every stored tensor of OpenPCDet's own forward"
+COMPARED = {
+    "centerpoint": SEEDED,
+    "centerpoint-0075": "the modules of centerpoint; this grid was not compared",
+    "centerpoint-once": "the modules of centerpoint; this grid was not compared",
+    "centerpoint-pillar": SEEDED,
+    "pointpillars": SEEDED,
+    "second": SEEDED,
+    "second-once": "the modules of second; this grid was not compared",
+}
+PARAMETERS = {
+    "centerpoint": 8_941_590,
+    "centerpoint-0075": 8_941_590,
+    "centerpoint-once": 7_759_533,
+    "centerpoint-pillar": 5_989_030,
+    "centerpoint-slim": 1_970_646,
+    "pointpillars": 4_834_888,
+    "second": 5_325_576,
+    "second-once": 5_360_460,
+}
 NARROW_COLUMN, TEXT_COLUMN = 16, 18
 NOTHING = "-"
 
@@ -234,16 +254,32 @@ def _weights_row(name: str, kind: str, shape: tuple[int, ...], non_finite: int |
 def _guess(shapes: Mapping[str, Sequence[int]]) -> str:
     """The known model whose classes per task and widths these names and shapes have; names alone prove nothing."""
     tasks = _classes_per_task(shapes)
-    if not tasks:
+    anchors = next(iter(shapes.get("dense_head.conv_cls.weight", ())), 0)
+    if not tasks and not anchors:
         parts = sorted({name.split(".")[0] for name in shapes})
         return f"no model known here (parts: {', '.join(parts[:5])})"
-    width = max(shapes.get("backbone_3d.conv_out.0.weight", (0,)), default=0)
-    for name in detector_names():
-        config = load_config(name)
-        classes = [len(task) for task in config.head.classes_by_task]
-        if classes == tasks and width == max(config.backbone_3d.channels[-2:]):
-            return f"{name}, by its classes per task and its width (not loaded)"
+    fits = [name for name in detector_names() if _looks_like(load_config(name), shapes, tasks, anchors)]
+    if fits:
+        return f"{' or '.join(fits)}, by its classes per task and its width (not loaded)"
+    if not tasks:
+        return f"an anchor head with {anchors} class scores a cell, of no configuration known here"
     return f"a CenterPoint with {', '.join(map(str, tasks))} classes per task, of no configuration known here"
+
+
+def _looks_like(
+    config: DetectorConfig, shapes: Mapping[str, Sequence[int]], tasks: Sequence[int], anchors: int
+) -> bool:
+    """Whether head, width and kind of the part before the bird's-eye view are those of a configuration."""
+    if isinstance(config.head, CenterHeadConfig):
+        same_head = [len(task) for task in config.head.classes_by_task] == tasks
+    else:
+        same_head = config.head.per_cell * len(config.class_names) == anchors
+    if config.backbone_3d is None:
+        return same_head and any(name.startswith("vfe.") for name in shapes)
+    width = max(shapes.get("backbone_3d.conv_out.0.weight", (0,)), default=0)
+    residual = "backbone_3d.conv1.0.conv1.weight" in shapes
+    same_kind = residual == (config.backbone_3d.name == "VoxelResBackBone8x")
+    return same_head and same_kind and width == max(config.backbone_3d.channels[-2:])
 
 
 def _classes_per_task(shapes: Mapping[str, Sequence[int]]) -> list[int]:
@@ -267,14 +303,26 @@ def model_rows() -> list[dict[str, Any]]:
                 "model": name,
                 "data set": config.dataset.removesuffix("Dataset"),
                 "classes": len(config.class_names),
+                "inputs": ", ".join(voxels.columns),
+                "parts": _parts(config),
+                "parameters": PARAMETERS.get(name),
                 "voxel m": " x ".join(f"{size:g}" for size in voxels.voxel_size_m),
                 "grid zyx": " x ".join(map(str, voxels.grid_zyx)),
-                "voxel cap": voxels.max_voxels,
+                "voxel cap": None if config.pillars is not None and config.pillars.dynamic else voxels.max_voxels,
                 "weights": f"bundled, trained on {TRAINED_ON}" if bundled_weights(name) else UNTRAINED,
                 "compared with": COMPARED.get(name),
             }
         )
     return rows
+
+
+def _parts(config: DetectorConfig) -> str:
+    """The modules, as OpenPCDet calls them."""
+    head = "CenterHead" if isinstance(config.head, CenterHeadConfig) else "AnchorHeadSingle"
+    if config.backbone_3d is not None:
+        return f"{config.backbone_3d.name}, BaseBEVBackbone, {head}"
+    points = "DynPillarVFE" if config.pillars is not None and config.pillars.dynamic else "PillarVFE"
+    return f"{points}, BaseBEVBackbone, {head}"
 
 
 def print_description(found: Mapping[str, Any], console: Console | None = None) -> None:

@@ -45,13 +45,14 @@ class PointCloud:
 class Voxels:
     """Occupied cells in raster order (z, then y, then x), at most `max_voxels` of them.
 
-    `features` are the means over the points kept in each cell. `found` counts the cells before the cap; `cutoff_m` is
-    the horizontal range beyond which cells were dropped, infinite when none was.
+    A row is a voxel, and `features` are the means over the points kept in it; or, for a detector over pillars, a row is
+    a point, and rows of one pillar stand together. `num_points` are the points kept in a row's cell. `found` counts the
+    cells before the cap; `cutoff_m` is the horizontal range beyond which cells were dropped, infinite when none was.
     """
 
-    features: Float32[np.ndarray, "voxels columns"]
-    coords: Int32[np.ndarray, "voxels 4"]
-    num_points: Int32[np.ndarray, " voxels"]
+    features: Float32[np.ndarray, "rows columns"]
+    coords: Int32[np.ndarray, "rows 4"]
+    num_points: Int32[np.ndarray, " rows"]
     found: int
     cutoff_m: float
 
@@ -61,9 +62,14 @@ class Voxels:
             raise InternalError(f"voxel arrays disagree: {self.features.shape}, {self.coords.shape}")
 
     @property
+    def cells(self) -> int:
+        """Occupied cells that were kept."""
+        return len(self.coords) and 1 + int(np.count_nonzero((self.coords[1:] != self.coords[:-1]).any(axis=1)))
+
+    @property
     def dropped(self) -> int:
         """Cells that the cap removed, farthest first."""
-        return self.found - len(self.coords)
+        return self.found - self.cells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

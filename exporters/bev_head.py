@@ -1,8 +1,9 @@
 """BEV backbone and head as one dense ONNX graph, written module by module: no tracing, equal bytes every time.
 
 Input `bev [1, C, H, W]`. Outputs are the raw maps before any sigmoid, task by task and within a task in the head's own
-order: center_0, center_z_0, dim_0, rot_0, vel_0, hm_0, center_1, ... Initialisers carry the names of the torch
-parameters. The precision is that of the whole graph, inputs and outputs included: TensorRT runs it strongly typed.
+order: center_0, center_z_0, dim_0, rot_0, vel_0, hm_0, center_1, ...; of an anchor head cls, box and dir, each with the
+channels of a cell's anchors one after the other. Initialisers carry the names of the torch parameters. The precision is
+that of the whole graph, inputs and outputs included: TensorRT runs it strongly typed.
 """
 
 from __future__ import annotations
@@ -122,13 +123,8 @@ def bev_head_model(detector: Detector, *, precision: Literal["fp16", "fp32"]) ->
         flow = writer.chain(f"backbone_2d.blocks.{i}", block, flow)
         levels.append(writer.chain(f"backbone_2d.deblocks.{i}", deblock, flow))
     features = writer.node("Concat", levels, "backbone_2d.features", axis=1)
-    shared = writer.chain("dense_head.shared_conv", folded.dense_head.shared_conv, features)
-    outputs = []
-    for task, head in enumerate(cast("Iterable[SeparateHead]", folded.dense_head.heads_list)):
-        for branch in head.names:
-            writer.chain(f"dense_head.heads_list.{task}.{branch}", head.get_submodule(branch), shared)
-            writer.nodes[-1].output[0] = f"{branch}_{task}"
-            outputs.append(f"{branch}_{task}")
+    anchors = "conv_cls" in dict(folded.dense_head.named_children())
+    outputs = (_anchor_outputs if anchors else _center_outputs)(writer, folded.dense_head, features)
     if writer.refused:
         raise ExportError(
             f"{len(writer.refused)} tensors do not fit {precision}: {'; '.join(writer.refused[:5])}.",
@@ -137,12 +133,33 @@ def bev_head_model(detector: Detector, *, precision: Literal["fp16", "fp32"]) ->
     return _model(writer, _bev_shape(folded), outputs), writer.rounded_to_zero
 
 
+def _center_outputs(writer: _Writer, dense_head: nn.Module, features: str) -> list[str]:
+    """Write a CenterHead; returns the outputs."""
+    shared = writer.chain("dense_head.shared_conv", dense_head.get_submodule("shared_conv"), features)
+    outputs = []
+    for task, head in enumerate(cast("Iterable[SeparateHead]", dense_head.get_submodule("heads_list").children())):
+        for branch in head.names:
+            writer.chain(f"dense_head.heads_list.{task}.{branch}", head.get_submodule(branch), shared)
+            writer.nodes[-1].output[0] = f"{branch}_{task}"
+            outputs.append(f"{branch}_{task}")
+    return outputs
+
+
+def _anchor_outputs(writer: _Writer, dense_head: nn.Module, features: str) -> list[str]:
+    """Write an anchor head, its maps of all anchors whole: cls, box and dir; returns the outputs."""
+    outputs = []
+    for name, module in dense_head.named_children():
+        writer.chain(f"dense_head.{name}", module, features)
+        outputs.append(name.split("_")[1])
+        writer.nodes[-1].output[0] = outputs[-1]
+    return outputs
+
+
 def _bev_shape(detector: Detector) -> list[int]:
     from torch import nn
 
-    _, height, width = detector.backbone_3d.out_shape_zyx
     first = next(module for module in detector.backbone_2d.modules() if isinstance(module, nn.Conv2d))
-    return [1, first.in_channels, height, width]
+    return [1, first.in_channels, *detector.bev_shape]
 
 
 def _model(writer: _Writer, shape: list[int], outputs: list[str]) -> onnx.ModelProto:

@@ -3,21 +3,31 @@
 from dm3d_deploy.config.backbones import sparse_height
 from dm3d_deploy.config.reader import config_from_text, detector_names, load_config
 from dm3d_deploy.config.schema import (
+    AnchorHeadConfig,
+    AnchorPostConfig,
     Backbone2dConfig,
     Backbone3dConfig,
     Branch,
     CenterHeadConfig,
+    ClassAnchors,
     DetectorConfig,
+    DirectionConfig,
+    PillarConfig,
     PostConfig,
     VoxelConfig,
 )
 
 __all__ = [
+    "AnchorHeadConfig",
+    "AnchorPostConfig",
     "Backbone2dConfig",
     "Backbone3dConfig",
     "Branch",
     "CenterHeadConfig",
+    "ClassAnchors",
     "DetectorConfig",
+    "DirectionConfig",
+    "PillarConfig",
     "PostConfig",
     "VoxelConfig",
     "config_from_text",

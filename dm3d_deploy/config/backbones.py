@@ -8,19 +8,23 @@ from typing import cast
 from dm3d_deploy import yaml_reader
 from dm3d_deploy.config.kinds import COUNT, COUNTS
 from dm3d_deploy.config.schema import Backbone2dConfig, Backbone3dConfig, VoxelConfig
-from dm3d_deploy.yaml_reader import Section
+from dm3d_deploy.yaml_reader import Entry, Section
 
 SPARSE_STRIDE = 8
-SPARSE_CHANNELS: tuple[int, ...] = (16, 16, 32, 64, 128, 128)
+SPARSE_CHANNELS = {
+    "VoxelResBackBone8x": (16, 16, 32, 64, 128, 128),
+    "VoxelBackBone8x": (16, 16, 32, 64, 64, 128),
+}
 SPARSE_BLOCKS = 2
 
 
 def backbone_3d_of(section: Section) -> Backbone3dConfig:
     """The sparse backbone."""
     section.only(("NAME", "CHANNELS", "NUM_BLOCKS"))
-    channels = section.get_or("CHANNELS", yaml_reader.sequence(COUNT, 6), SPARSE_CHANNELS)
+    name = section.kept["NAME"]
+    channels = section.get_or("CHANNELS", yaml_reader.sequence(COUNT, 6), SPARSE_CHANNELS[name])
     return Backbone3dConfig(
-        name=section.kept["NAME"],
+        name=name,
         channels=cast("tuple[int, int, int, int, int, int]", channels),
         blocks=section.get_or("NUM_BLOCKS", yaml_reader.integer(1, 64), SPARSE_BLOCKS),
     )
@@ -29,7 +33,7 @@ def backbone_3d_of(section: Section) -> Backbone3dConfig:
 def sparse_height(cells_z: int) -> int:
     """Cells along z after the sparse backbone: OpenPCDet pads the grid by one, then four strided convolutions.
 
-    Kernel 3, stride 2 each; padding along z is 1, 1, 0 in conv2 to conv4 and 0 in conv_out (VoxelResBackBone8x).
+    Kernel 3, stride 2 each; padding along z is 1, 1, 0 in conv2 to conv4 and 0 in conv_out, in both backbones.
     """
     height = cells_z + 1
     for padding in (1, 1, 0, 0):
@@ -37,23 +41,21 @@ def sparse_height(cells_z: int) -> int:
     return height
 
 
-def bev_channels_of(section: Section, backbone: Backbone3dConfig, voxels: VoxelConfig) -> int:
-    """Channels of the bird's-eye view, which the file states and the backbone makes."""
+def bev_channels_of(section: Section, made: int, words: str) -> int:
+    """Channels of the bird's-eye view: what the file states must be the `made` ones, which come from `words`."""
     section.only(("NAME", "NUM_BEV_FEATURES"))
     stated = section.get("NUM_BEV_FEATURES", yaml_reader.integer(1, 1 << 16))
-    height = sparse_height(voxels.grid_zyx[0])
-    made = backbone.channels[5] * height
     if stated != made:
         section.fail(
             "NUM_BEV_FEATURES",
-            f"is {stated}, but {backbone.channels[5]} channels x {height} cells left along z are {made}",
+            f"is {stated}, but {words} are {made}",
             fix=f"write {made}, or change the grid along z" if made else "give the grid more cells along z",
         )
     return stated
 
 
-def backbone_2d_of(section: Section, voxels: VoxelConfig) -> Backbone2dConfig:
-    """The dense backbone, whose strides must fit the grid."""
+def backbone_2d_of(section: Section, voxels: VoxelConfig, stride_3d: int) -> Backbone2dConfig:
+    """The dense backbone, whose strides must fit the grid behind a `stride_3d` of what comes before."""
     section.only(("NAME", "LAYER_NUMS", "LAYER_STRIDES", "NUM_FILTERS", "UPSAMPLE_STRIDES", "NUM_UPSAMPLE_FILTERS"))
     blocks = section.get("LAYER_NUMS", COUNTS)
     each = yaml_reader.sequence(COUNT, len(blocks))
@@ -61,23 +63,39 @@ def backbone_2d_of(section: Section, voxels: VoxelConfig) -> Backbone2dConfig:
         layer_nums=blocks,
         strides=section.get("LAYER_STRIDES", each),
         filters=section.get("NUM_FILTERS", each),
-        upsample_strides=section.get("UPSAMPLE_STRIDES", each),
+        upsample_strides=section.get("UPSAMPLE_STRIDES", yaml_reader.sequence(_upsample_stride, len(blocks))),
         upsample_filters=section.get("NUM_UPSAMPLE_FILTERS", each),
     )
     strides = [math.prod(config.strides[: index + 1]) for index in range(len(blocks))]
     for stride, up in zip(strides, config.upsample_strides, strict=True):
-        if stride != up * strides[0]:
+        if stride != up * map_stride(config):
             section.fail(
                 "UPSAMPLE_STRIDES",
                 f"does not bring the blocks to one size: strides {strides}, upsampled {list(config.upsample_strides)}",
                 fix=f"write {[one // strides[0] for one in strides]}",
             )
-    whole = SPARSE_STRIDE * strides[-1]
+    whole = stride_3d * strides[-1]
     for axis, cells in zip("yx", voxels.grid_zyx[1:], strict=True):
         if cells % whole:
+            behind = f" ({stride_3d} of the sparse backbone)" if stride_3d > 1 else ""
             section.fail(
                 "LAYER_STRIDES",
-                f"needs a multiple of {whole} cells along {axis} (8 of the sparse backbone), the grid has {cells}",
+                f"needs a multiple of {whole} cells along {axis}{behind}, the grid has {cells}",
                 fix="change POINT_CLOUD_RANGE or VOXEL_SIZE",
             )
     return config
+
+
+def map_stride(config: Backbone2dConfig) -> int:
+    """Cells of the bird's-eye view per cell of the 2D backbone's output, along x and y."""
+    return round(config.strides[0] / config.upsample_strides[0])
+
+
+def _upsample_stride(entry: Entry, path: str) -> float:
+    """A whole number, or one over a whole number."""
+    value = yaml_reader.number(1 / 64, 64)(entry, path)
+    if value >= 1 and value == round(value):
+        return round(value)
+    if value < 1 and 1 / value == round(1 / value):
+        return value
+    yaml_reader.refuse(entry, path, f"is {value:g}", fix="write a whole number, or one over a whole number: 0.5, 0.25")

@@ -5,22 +5,50 @@ from __future__ import annotations
 from pathlib import Path
 
 from dm3d_deploy import yaml_reader
-from dm3d_deploy.config.backbones import SPARSE_STRIDE, backbone_2d_of, backbone_3d_of, bev_channels_of
+from dm3d_deploy.config.anchor_head import anchor_head_of, anchor_post_of
+from dm3d_deploy.config.backbones import (
+    SPARSE_STRIDE,
+    backbone_2d_of,
+    backbone_3d_of,
+    bev_channels_of,
+    map_stride,
+    sparse_height,
+)
 from dm3d_deploy.config.center_head import center_head_of, center_post_of
 from dm3d_deploy.config.kinds import WORD, WORDS
-from dm3d_deploy.config.schema import DetectorConfig
-from dm3d_deploy.config.voxels import voxels_of
+from dm3d_deploy.config.schema import (
+    AnchorHeadConfig,
+    AnchorPostConfig,
+    Backbone3dConfig,
+    CenterHeadConfig,
+    DetectorConfig,
+    PillarConfig,
+    PostConfig,
+    VoxelConfig,
+)
+from dm3d_deploy.config.voxels import pillars_of, voxels_of
 from dm3d_deploy.errors import UsageError, nearest
 from dm3d_deploy.yaml_reader import Entry, Section
 
 MODEL_FILES = Path(__file__).parents[1] / "models" / "configs"
-MODULES = {
-    "VFE": "MeanVFE",
-    "BACKBONE_3D": "VoxelResBackBone8x",
-    "MAP_TO_BEV": "HeightCompression",
-    "BACKBONE_2D": "BaseBEVBackbone",
-    "DENSE_HEAD": "CenterHead",
+# What each detector of OpenPCDet may be made of.
+FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "CenterPoint": {
+        "VFE": ("MeanVFE", "DynPillarVFE", "PillarVFE"),
+        "BACKBONE_3D": ("VoxelResBackBone8x", "VoxelBackBone8x"),
+        "DENSE_HEAD": ("CenterHead",),
+    },
+    "SECONDNet": {
+        "VFE": ("MeanVFE",),
+        "BACKBONE_3D": ("VoxelBackBone8x", "VoxelResBackBone8x"),
+        "DENSE_HEAD": ("AnchorHeadSingle",),
+    },
+    "PointPillar": {
+        "VFE": ("PillarVFE", "DynPillarVFE"),
+        "DENSE_HEAD": ("AnchorHeadSingle",),
+    },
 }
+PARTS = ("VFE", "BACKBONE_3D", "MAP_TO_BEV", "BACKBONE_2D", "DENSE_HEAD")
 
 # What training and evaluation read and inference does not.
 IGNORED_TOP = ("OPTIMIZATION", "HOOK")
@@ -66,32 +94,66 @@ def _config_from_entry(entry: Entry, name: str) -> DetectorConfig:
         ("DATASET", "POINT_CLOUD_RANGE", "POINT_FEATURE_ENCODING", "DATA_PROCESSOR"),
         IGNORED_DATA,
     )
-    voxels = voxels_of(data)
-    backbone_3d = backbone_3d_of(modules["BACKBONE_3D"])
-    backbone_2d = backbone_2d_of(modules["BACKBONE_2D"], voxels)
+    voxels = voxels_of(data, dynamic=modules["VFE"].kept["NAME"] == "DynPillarVFE")
+    pillars, backbone_3d, bev_channels = _to_bev(modules, data, voxels)
+    stride_3d = SPARSE_STRIDE if backbone_3d is not None else 1
+    backbone_2d = backbone_2d_of(modules["BACKBONE_2D"], voxels, stride_3d)
+    stride = stride_3d * map_stride(backbone_2d)
+    head: CenterHeadConfig | AnchorHeadConfig
+    post: PostConfig | AnchorPostConfig
+    if modules["DENSE_HEAD"].kept["NAME"] == "CenterHead":
+        head = center_head_of(modules["DENSE_HEAD"], class_names, stride)
+        post = center_post_of(modules["DENSE_HEAD"].get("POST_PROCESSING", Section))
+        if "POST_PROCESSING" in model.entries:
+            Section(model.entries["POST_PROCESSING"], "MODEL.POST_PROCESSING").only((), IGNORED_POST)
+    else:
+        head = anchor_head_of(modules["DENSE_HEAD"], class_names, stride)
+        post = anchor_post_of(model.get("POST_PROCESSING", Section))
     return DetectorConfig(
         name=name,
         dataset=data.get("DATASET", WORD),
         class_names=class_names,
         voxels=voxels,
+        pillars=pillars,
         backbone_3d=backbone_3d,
-        bev_channels=bev_channels_of(modules["MAP_TO_BEV"], backbone_3d, voxels),
+        bev_channels=bev_channels,
         backbone_2d=backbone_2d,
-        head=center_head_of(modules["DENSE_HEAD"], class_names, SPARSE_STRIDE * backbone_2d.strides[0]),
-        post=center_post_of(modules["DENSE_HEAD"].get("POST_PROCESSING", Section)),
+        head=head,
+        post=post,
         text=yaml_reader.text_from_section(root),
     )
 
 
+def _to_bev(
+    modules: dict[str, Section], data: Section, voxels: VoxelConfig
+) -> tuple[PillarConfig | None, Backbone3dConfig | None, int]:
+    """What stands between the points and the bird's-eye view, and the view's channels."""
+    if "BACKBONE_3D" not in modules:
+        pillars = pillars_of(modules["VFE"], data, voxels)
+        made = pillars.filters[-1]
+        return pillars, None, bev_channels_of(modules["MAP_TO_BEV"], made, "the channels of the pillars")
+    modules["VFE"].only(("NAME",))
+    backbone = backbone_3d_of(modules["BACKBONE_3D"])
+    channels, height = backbone.channels[5], sparse_height(voxels.grid_zyx[0])
+    words = f"{channels} channels x {height} cells left along z"
+    return None, backbone, bev_channels_of(modules["MAP_TO_BEV"], channels * height, words)
+
+
 def _modules(model: Section) -> dict[str, Section]:
     """Names first, so that an unsupported detector is refused for its modules and not for a key within them."""
-    model.get("NAME", yaml_reader.choice(("CenterPoint",), "detector"))
+    family = FAMILIES[model.get("NAME", yaml_reader.choice(tuple(FAMILIES), "detector"))]
+    vfe = model.get("VFE", Section).get("NAME", yaml_reader.choice(family["VFE"], "VFE module"))
+    over_voxels = vfe == "MeanVFE"
+    known = {
+        **family,
+        "MAP_TO_BEV": ("HeightCompression",) if over_voxels else ("PointPillarScatter",),
+        "BACKBONE_2D": ("BaseBEVBackbone",),
+    }
     modules = {}
-    for part, module in MODULES.items():
+    for part in PARTS:
+        if part == "BACKBONE_3D" and not over_voxels:
+            continue
         modules[part] = model.get(part, Section)
-        modules[part].get("NAME", yaml_reader.choice((module,), f"{part} module"))
-    model.only(("NAME", *MODULES), ("POST_PROCESSING",))
-    modules["VFE"].only(("NAME",))
-    if "POST_PROCESSING" in model.entries:
-        Section(model.entries["POST_PROCESSING"], "MODEL.POST_PROCESSING").only((), IGNORED_POST)
+        modules[part].get("NAME", yaml_reader.choice(known[part], f"{part} module"))
+    model.only(("NAME", *modules, "POST_PROCESSING"))
     return modules

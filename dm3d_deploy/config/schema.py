@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dm3d_deploy.errors import UsageError
+
+Three = tuple[float, float, float]
 Six = tuple[float, float, float, float, float, float]
 
 
@@ -26,10 +29,30 @@ class VoxelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Backbone3dConfig:
-    """Sparse backbone. `channels` are those of conv_input, conv1 to conv4 and conv_out; `blocks` per residual stage.
+class PillarConfig:
+    """The point network of pillars: DynPillarVFE over all points (`dynamic`), or PillarVFE over the first of each.
 
-    OpenPCDet fixes both in code (16, 16, 32, 64, 128, 128 and 2); the YAML keys CHANNELS and NUM_BLOCKS are ours.
+    `filters` are the channels behind each layer; a point brings its own columns (x, y, z too with `absolute_xyz`), its
+    offsets from the pillar's mean and from the pillar's centre, and with `with_distance` its distance (m).
+    """
+
+    dynamic: bool
+    filters: tuple[int, ...]
+    absolute_xyz: bool
+    with_distance: bool
+
+    def features(self, columns: int) -> int:
+        """Numbers that a point of `columns` columns brings."""
+        return columns + (6 if self.absolute_xyz else 3) + self.with_distance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backbone3dConfig:
+    """Sparse backbone. `channels` are those of conv_input, conv1 to conv4 and conv_out.
+
+    `blocks` are the residual blocks of a stage (VoxelResBackBone8x), or the submanifold convolutions behind the strided
+    one of conv2 to conv4 (VoxelBackBone8x, whose conv1 has one). OpenPCDet fixes both in code (16, 16, 32, 64, 128 or
+    plain 64, 128, and 2); the YAML keys CHANNELS and NUM_BLOCKS are ours.
     """
 
     name: str
@@ -39,12 +62,12 @@ class Backbone3dConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backbone2dConfig:
-    """BaseBEVBackbone: one entry per block."""
+    """BaseBEVBackbone: one entry per block; an upsample stride of 1/n is a convolution of stride n."""
 
     layer_nums: tuple[int, ...]
     strides: tuple[int, ...]
     filters: tuple[int, ...]
-    upsample_strides: tuple[int, ...]
+    upsample_strides: tuple[float, ...]
     upsample_filters: tuple[int, ...]
 
 
@@ -69,6 +92,45 @@ class CenterHeadConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClassAnchors:
+    """Anchors of one class: `sizes_m` (length, width, height) times `rotations_rad`, standing on `bottom_m`.
+
+    Training gives an anchor to an object at a bird's-eye IoU of `matched`, and to the background below `unmatched`.
+    """
+
+    class_name: str
+    sizes_m: tuple[Three, ...]
+    rotations_rad: tuple[float, ...]
+    bottom_m: float
+    align_center: bool
+    matched: float
+    unmatched: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectionConfig:
+    """The direction classifier: `bins` of 2 pi / `bins`, the first from `offset_rad` on; see OpenPCDet's DIR_OFFSET."""
+
+    bins: int
+    offset_rad: float
+    limit_offset: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorHeadConfig:
+    """AnchorHeadSingle: at each cell the anchors of all classes, in the file's order: sizes, and rotations within."""
+
+    anchors: tuple[ClassAnchors, ...]
+    direction: DirectionConfig | None
+    stride: int
+
+    @property
+    def per_cell(self) -> int:
+        """Anchors at one cell."""
+        return sum(len(of_class.sizes_m) * len(of_class.rotations_rad) for of_class in self.anchors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PostConfig:
     """Decoding and NMS of CenterHead; the limit range is in metres."""
 
@@ -81,16 +143,47 @@ class PostConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorPostConfig:
+    """Decoding and NMS of anchor heads: over all classes at once, or class by class (`multi_class`)."""
+
+    score_threshold: float
+    multi_class: bool
+    nms_threshold: float
+    nms_pre: int
+    nms_post: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorConfig:
-    """A whole detector. `text` is the flattened YAML (no `_BASE_CONFIG_`), which reads back to an equal config."""
+    """A whole detector. `text` is the flattened YAML (no `_BASE_CONFIG_`), which reads back to an equal config.
+
+    Points reach the bird's-eye view through `backbone_3d` or through `pillars`; the other is None.
+    """
 
     name: str
     dataset: str
     class_names: tuple[str, ...]
     voxels: VoxelConfig
-    backbone_3d: Backbone3dConfig
+    pillars: PillarConfig | None = None
+    backbone_3d: Backbone3dConfig | None
     bev_channels: int
     backbone_2d: Backbone2dConfig
-    head: CenterHeadConfig
-    post: PostConfig
+    head: CenterHeadConfig | AnchorHeadConfig
+    post: PostConfig | AnchorPostConfig
     text: str
+
+    @property
+    def center_head(self) -> CenterHeadConfig:
+        """The CenterHead; UsageError for a detector with another head."""
+        if not isinstance(self.head, CenterHeadConfig):
+            raise UsageError(f"{self.name} has an anchor head, and this needs a CenterHead.", fix="use a CenterPoint")
+        return self.head
+
+    @property
+    def nms_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Classes whose boxes suppress each other, group by group in the order of decoding."""
+        if isinstance(self.head, CenterHeadConfig):
+            return self.head.classes_by_task
+        if isinstance(self.post, AnchorPostConfig) and self.post.multi_class:
+            return tuple((name,) for name in self.class_names)
+        return (self.class_names,)

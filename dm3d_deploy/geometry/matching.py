@@ -10,13 +10,14 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from dm3d_deploy.config import DetectorConfig, PostConfig
+from dm3d_deploy.config import AnchorPostConfig, DetectorConfig, PostConfig
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.evidence import Comparison, Tolerance, compare_arrays
 from dm3d_deploy.geometry.boxes import iou_bev_matrix, select_boxes, wrap_angle
 from dm3d_deploy.geometry.decode import Decoded, Located, join_located, select_located
 from dm3d_deploy.pointcloud import Detections
 
+Post = PostConfig | AnchorPostConfig
 MIN_HEADING = 0.1  # trained heads give about 1; fp16 errs by a few thousandths
 RANGE_EDGES_M = (0.0, 15.0, 30.0, 50.0, math.inf)
 LIMIT_OF = {
@@ -193,7 +194,7 @@ def boxes_comparison(
     No matched box at all fails, and so does NaN. The numbers of a comparison are those of the matched centres; `detail`
     counts boxes and excuses.
     """
-    tasks = enumerate(config.head.classes_by_task)
+    tasks = enumerate(config.nms_groups)
     task_by_name = {name: task for task, of_task in tasks for name in of_task}
     before: list[_Frame] = []
     after: list[_Frame] = []
@@ -211,7 +212,9 @@ def boxes_comparison(
 def _match_cells(reference: Located, candidate: Located) -> Matching:
     """Pairs of the same class and cell; their yaws are not held against each other where either has no heading."""
     a, b = reference.detections, candidate.detections
-    key_a, key_b = (side.cells * len(a.class_names) + side.detections.labels for side in (reference, candidate))
+    key_a, key_b = (
+        side.cells * len(a.class_names) + side.detections.labels * side.by_class for side in (reference, candidate)
+    )
     _, row, column = np.intersect1d(key_a, key_b, return_indices=True)
     order = np.argsort(row)
     missing, extra = np.setdiff1d(np.arange(len(a)), row), np.setdiff1d(np.arange(len(b)), column)
@@ -220,7 +223,7 @@ def _match_cells(reference: Located, candidate: Located) -> Matching:
     return replace(matching, yaw_delta_rad=np.where(heading < MIN_HEADING, 0.0, matching.yaw_delta_rad))
 
 
-def _before_nms(a: Decoded, b: Decoded, tolerance: BoxTolerance, post: PostConfig, task_of_label: np.ndarray) -> _Frame:
+def _before_nms(a: Decoded, b: Decoded, tolerance: BoxTolerance, post: Post, task_of_label: np.ndarray) -> _Frame:
     all_a, all_b = join_located(a.before_nms), join_located(b.before_nms)
     matching = _match_cells(all_a, all_b)
     lone_a, lone_b = select_located(all_a, matching.missing), select_located(all_b, matching.extra)
@@ -231,7 +234,7 @@ def _before_nms(a: Decoded, b: Decoded, tolerance: BoxTolerance, post: PostConfi
     return _Frame(a=all_a.detections, b=all_b.detections, matching=matching, excuses=excuses)
 
 
-def _after_nms(a: Decoded, b: Decoded, tolerance: BoxTolerance, post: PostConfig, task_of_label: np.ndarray) -> _Frame:
+def _after_nms(a: Decoded, b: Decoded, tolerance: BoxTolerance, post: Post, task_of_label: np.ndarray) -> _Frame:
     matching = _match_cells(a.kept, b.kept)
     lone_a, lone_b = select_located(a.kept, matching.missing), select_located(b.kept, matching.extra)
     excuses = []
@@ -242,9 +245,7 @@ def _after_nms(a: Decoded, b: Decoded, tolerance: BoxTolerance, post: PostConfig
     return _Frame(a=a.kept.detections, b=b.kept.detections, matching=matching, excuses=(excuses[0], excuses[1]))
 
 
-def _cut_excuses(
-    lone: Located, other: Decoded, margin: float, post: PostConfig, task_of_label: np.ndarray
-) -> np.ndarray:
+def _cut_excuses(lone: Located, other: Decoded, margin: float, post: Post, task_of_label: np.ndarray) -> np.ndarray:
     """Excuse (1) or (2) of each box that the other side lacks, -1 without."""
     scores = lone.detections.scores.astype(np.float64)
     cuts = np.array([math.nan if cut is None else cut for cut in other.cut_scores])[
@@ -258,7 +259,11 @@ def _cut_excuses(
 
 
 def _dropped_by_nms(
-    lone: Located, other: Decoded, tolerance: BoxTolerance, post: PostConfig, task_of_label: np.ndarray
+    lone: Located,
+    other: Decoded,
+    tolerance: BoxTolerance,
+    post: Post,
+    task_of_label: np.ndarray,
 ) -> np.ndarray:
     """Which of the boxes that the other side lacks after NMS have excuse (3)."""
     candidates = join_located(other.before_nms)

@@ -29,8 +29,7 @@ class BaseBEVBackbone(nn.Module):
             channels = filters
         ups = zip(config.filters, config.upsample_strides, config.upsample_filters, strict=True)
         for filters, stride, out in ups:
-            conv = nn.ConvTranspose2d(filters, out, stride, stride=stride, bias=False)
-            self.deblocks.append(nn.Sequential(conv, *_norm_relu(out)))
+            self.deblocks.append(nn.Sequential(_resizing(filters, out, stride), *_norm_relu(out)))
 
     def forward(self, bev: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
         """All blocks' features, concatenated."""
@@ -39,6 +38,14 @@ class BaseBEVBackbone(nn.Module):
             bev = block(bev)
             outputs.append(deblock(bev))
         return torch.cat(outputs, dim=1)
+
+
+def _resizing(in_channels: int, channels: int, up: float) -> nn.Module:
+    """A transposed convolution, or where the map shrinks (`up` = 1/n) a convolution of stride n."""
+    if up >= 1:
+        return nn.ConvTranspose2d(in_channels, channels, int(up), stride=int(up), bias=False)
+    down = round(1 / up)
+    return nn.Conv2d(in_channels, channels, down, stride=down, bias=False)
 
 
 def _block(in_channels: int, channels: int, layers: int, stride: int) -> nn.Sequential:

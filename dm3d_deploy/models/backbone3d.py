@@ -1,8 +1,8 @@
-"""VoxelResBackBone8x: the sparse residual backbone of CenterPoint, with OpenPCDet's parameter names."""
+"""VoxelResBackBone8x and VoxelBackBone8x: the sparse backbones, residual and plain, with OpenPCDet's names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -62,10 +62,10 @@ class SparseBasicBlock(nn.Module):
         return hidden.with_features(out)
 
 
-class VoxelResBackBone8x(nn.Module):
+class SparseBackbone(nn.Module):
     """Eight-fold down-sampling in x and y, about twenty-fold in z; see OpenPCDet's spconv_backbone.py.
 
-    `shape_zyx` is the sparse grid: one more cell along z than the voxel grid has.
+    `shape_zyx` is the sparse grid: one more cell along z than the voxel grid has. Residual or plain, by the config.
     """
 
     def __init__(self, config: Backbone3dConfig, in_channels: int, shape_zyx: Triple) -> None:
@@ -73,10 +73,15 @@ class VoxelResBackBone8x(nn.Module):
         first, c1, c2, c3, c4, last = config.channels
         self.shape_zyx = shape_zyx
         self.conv_input = ConvNormReLU(SubMConv3d(in_channels, first, CUBE, indice_key="stage1"))
-        self.conv1 = nn.Sequential(*_blocks(c1, config.blocks, "stage1"))
-        self.conv2 = _stage(c1, c2, config.blocks, "stage2", padding=(1, 1, 1))
-        self.conv3 = _stage(c2, c3, config.blocks, "stage3", padding=(1, 1, 1))
-        self.conv4 = _stage(c3, c4, config.blocks, "stage4", padding=(0, 1, 1))
+        plain = config.name == "VoxelBackBone8x"
+        block = _plain_block if plain else SparseBasicBlock
+        if plain:
+            self.conv1 = nn.Sequential(ConvNormReLU(SubMConv3d(first, c1, CUBE, indice_key="stage1")))
+        else:
+            self.conv1 = nn.Sequential(*_blocks(block, c1, config.blocks, "stage1"))
+        self.conv2 = _stage(block, c1, c2, config.blocks, "stage2", padding=(1, 1, 1))
+        self.conv3 = _stage(block, c2, c3, config.blocks, "stage3", padding=(1, 1, 1))
+        self.conv4 = _stage(block, c3, c4, config.blocks, "stage4", padding=(0, 1, 1))
         self.conv_out = ConvNormReLU(
             SparseConv3d(c4, last, (3, 1, 1), stride=(2, 1, 1), padding=(0, 0, 0), indice_key="out")
         )
@@ -104,13 +109,19 @@ class VoxelResBackBone8x(nn.Module):
         return out
 
 
-def _blocks(channels: int, count: int, indice_key: str) -> list[nn.Module]:
-    return [SparseBasicBlock(channels, indice_key=indice_key) for _ in range(count)]
+def _plain_block(channels: int, *, indice_key: str) -> nn.Module:
+    return ConvNormReLU(SubMConv3d(channels, channels, CUBE, indice_key=indice_key))
 
 
-def _stage(in_channels: int, channels: int, blocks: int, name: str, *, padding: Triple) -> nn.Sequential:
+def _blocks(block: Callable[..., nn.Module], channels: int, count: int, indice_key: str) -> list[nn.Module]:
+    return [block(channels, indice_key=indice_key) for _ in range(count)]
+
+
+def _stage(
+    block: Callable[..., nn.Module], in_channels: int, channels: int, blocks: int, name: str, *, padding: Triple
+) -> nn.Sequential:
     down = SparseConv3d(in_channels, channels, CUBE, stride=DOWN, padding=padding, indice_key=f"{name}_down")
-    return nn.Sequential(ConvNormReLU(down), *_blocks(channels, blocks, name))
+    return nn.Sequential(ConvNormReLU(down), *_blocks(block, channels, blocks, name))
 
 
 def bev_from_sparse(x: SparseTensor) -> Float[Tensor, "batch channels_depth height width"]:

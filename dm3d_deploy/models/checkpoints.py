@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dm3d_deploy.artifacts import digest_of_bytes, write_bytes
 from dm3d_deploy.errors import CheckpointError
-from dm3d_deploy.models.detector import Detector
+from dm3d_deploy.models.detector import Detector, prunable_layers
 
 NAMED = 5
 SAFETENSORS = ".safetensors"
@@ -67,7 +67,7 @@ def load_checkpoint(detector: Detector, path: Path | str) -> CheckpointInfo:
     data = _bytes_of(path)
     found = _tensors_of(path, data)
     expected = detector.state_dict()
-    sparse = {f"backbone_3d.{name}.weight" for name, _ in detector.backbone_3d.convolutions()}
+    sparse = {f"{layer.name}.weight" for layer in prunable_layers(detector) if layer.kind == "sparse"}
     layout = _spconv_layout(path, found, expected, sparse)
     if layout == "1.x":
         found = {name: t.permute(4, 0, 1, 2, 3) if name in sparse and t.ndim == 5 else t for name, t in found.items()}

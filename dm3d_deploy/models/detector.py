@@ -1,4 +1,4 @@
-"""The whole CenterPoint detector from mean voxel features to raw head maps, and the list of what can be pruned."""
+"""The whole detector from voxels or points to raw head maps, and the list of what can be pruned."""
 
 from __future__ import annotations
 
@@ -11,53 +11,85 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from dm3d_deploy.config import DetectorConfig
+from dm3d_deploy.config import AnchorHeadConfig, CenterHeadConfig, DetectorConfig
 from dm3d_deploy.errors import InternalError, UsageError
+from dm3d_deploy.models.anchor_head import AnchorHeadSingle
 from dm3d_deploy.models.backbone2d import BaseBEVBackbone
-from dm3d_deploy.models.backbone3d import VoxelResBackBone8x, bev_from_sparse, sites_only
+from dm3d_deploy.models.backbone3d import SparseBackbone, bev_from_sparse, sites_only
 from dm3d_deploy.models.center_head import CenterHead
+from dm3d_deploy.models.pillars import PillarVFE
 from dm3d_deploy.models.sparse import SparseConvolution, SparseTensor
 from dm3d_deploy.pointcloud import Voxels
 
 
 class Detector(nn.Module):
-    """CenterPoint after voxelisation; parameter names are those of OpenPCDet's checkpoints."""
+    """A detector after voxelisation; parameter names are those of OpenPCDet's checkpoints.
+
+    It has a `backbone_3d` over voxels or a `vfe` over the points of pillars, as its config says.
+    """
 
     global_step: Tensor
+    backbone_3d: SparseBackbone
+    vfe: PillarVFE
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         depth, height, width = config.voxels.grid_zyx
+        columns = len(config.voxels.columns)
         self.config = config
         # OpenPCDet keeps its step counter in every checkpoint.
         self.register_buffer("global_step", torch.zeros(1, dtype=torch.int64))
-        self.backbone_3d = VoxelResBackBone8x(
-            config.backbone_3d, len(config.voxels.columns), (depth + 1, height, width)
-        )
+        if config.pillars is not None:
+            self.vfe = PillarVFE(config.pillars, columns, config.voxels.max_points_per_voxel)
+        elif config.backbone_3d is not None:
+            self.backbone_3d = SparseBackbone(config.backbone_3d, columns, (depth + 1, height, width))
+        else:
+            raise InternalError(f"{config.name} has neither a 3D backbone nor pillars")
         self.backbone_2d = BaseBEVBackbone(config.backbone_2d, config.bev_channels)
-        self.dense_head = CenterHead(config.head, sum(config.backbone_2d.upsample_filters))
+        features = sum(config.backbone_2d.upsample_filters)
+        if isinstance(config.head, CenterHeadConfig):
+            self.dense_head: nn.Module = CenterHead(config.head, features)
+        else:
+            self.dense_head = AnchorHeadSingle(config.head, len(config.class_names), features)
+
+    @property
+    def over_pillars(self) -> bool:
+        """Whether a frame comes as the points of pillars, one row a point, and not as voxels."""
+        return self.config.pillars is not None
+
+    @property
+    def grid_zyx(self) -> tuple[int, int, int]:
+        """The cells that coordinates may name."""
+        return self.config.voxels.grid_zyx if self.over_pillars else self.backbone_3d.shape_zyx
+
+    @property
+    def bev_shape(self) -> tuple[int, int]:
+        """Rows and columns of the bird's-eye view."""
+        _, height, width = self.config.voxels.grid_zyx if self.over_pillars else self.backbone_3d.out_shape_zyx
+        return height, width
 
     def backbone_to_bev(
-        self, features: Float[Tensor, "voxels columns"], coords: Int64[Tensor, "voxels 4"], batch_size: int = 1
+        self, features: Float[Tensor, "rows columns"], coords: Int64[Tensor, "rows 4"], batch_size: int = 1
     ) -> Float[Tensor, "batch bev_channels height width"]:
-        """The 3D backbone's output as a bird's-eye view."""
-        return bev_from_sparse(self.backbone_3d(self._sparse(features, coords, batch_size)))
+        """The bird's-eye view that the 3D backbone, or the point network of the pillars, makes of a frame."""
+        x = self._sparse(features, coords, batch_size)
+        return bev_from_sparse(self.vfe(x) if self.over_pillars else self.backbone_3d(x))
 
     def bev_to_heads(
         self, bev: Float[Tensor, "batch bev_channels height width"]
     ) -> dict[str, Float[Tensor, "batch channels h w"]]:
-        """Raw convolution outputs of the head: keys "0.center", "0.center_z", ..., "5.hm"."""
+        """Raw convolution outputs of the head by task, "0.center" to "5.hm", or by anchor of a cell, "0.cls"."""
         heads: dict[str, Tensor] = self.dense_head(self.backbone_2d(bev))
         return heads
 
     def forward(
-        self, features: Float[Tensor, "voxels columns"], coords: Int64[Tensor, "voxels 4"], batch_size: int = 1
+        self, features: Float[Tensor, "rows columns"], coords: Int64[Tensor, "rows 4"], batch_size: int = 1
     ) -> dict[str, Float[Tensor, "batch channels h w"]]:
-        """Raw head maps from mean voxel features."""
+        """Raw head maps from mean voxel features, or from the points of pillars."""
         return self.bev_to_heads(self.backbone_to_bev(features, coords, batch_size))
 
     def _sparse(self, features: Tensor, coords: Tensor, batch_size: int) -> SparseTensor:
-        shape = self.backbone_3d.shape_zyx
+        shape = self.grid_zyx
         if coords.dtype != torch.int64 or coords.shape != (len(features), 4):
             raise InternalError(f"voxel coordinates are {coords.dtype} {tuple(coords.shape)}, not int64 [N, 4]")
         limits = torch.tensor((batch_size, *shape), device=coords.device)
@@ -68,7 +100,8 @@ class Detector(nn.Module):
 
 def build_detector(config: DetectorConfig) -> Detector:
     """A detector in eval mode, its sparse weights zero: load a checkpoint or seed it. UsageError if it cannot exist."""
-    first, stage1 = config.backbone_3d.channels[:2]
+    residual = config.backbone_3d is not None and config.backbone_3d.name == "VoxelResBackBone8x"
+    first, stage1 = config.backbone_3d.channels[:2] if config.backbone_3d is not None and residual else (0, 0)
     if first != stage1:
         raise UsageError(
             f"conv_input of {config.name} has {first} channels and conv1 has {stage1}: a residual stage keeps its "
@@ -80,7 +113,7 @@ def build_detector(config: DetectorConfig) -> Detector:
 
 def tensors_from_voxels(
     voxels: Voxels, device: torch.device | str = "cpu"
-) -> tuple[Float32[Tensor, "voxels columns"], Int64[Tensor, "voxels 4"]]:
+) -> tuple[Float32[Tensor, "rows columns"], Int64[Tensor, "rows 4"]]:
     """A frame's voxels as the detector's inputs."""
     features = torch.from_numpy(np.ascontiguousarray(voxels.features)).to(device)
     return features, torch.from_numpy(voxels.coords.astype(np.int64)).to(device)
@@ -88,7 +121,14 @@ def tensors_from_voxels(
 
 @torch.no_grad()
 def sparse_pair_counts(detector: Detector, coords: Int64[Tensor, "voxels 4"]) -> dict[str, Int64[np.ndarray, " taps"]]:
-    """Pairs per tap of every sparse convolution, by name, without computing a feature."""
+    """Multiplied rows per tap of every layer before the bird's-eye view, by name, without computing a feature.
+
+    Pairs of a sparse convolution. A pillar's linear layer has one tap: points, or with PillarVFE the places of pillars,
+    padded ones too, as OpenPCDet multiplies them.
+    """
+    if detector.over_pillars:
+        rows = detector.vfe.multiplied_rows(len(coords), len(torch.unique(coords, dim=0)))
+        return {layer.name: np.array([rows]) for layer in _layers(detector, "vfe", "3d")}
     batch_size = int(coords[:, 0].max()) + 1 if len(coords) else 1
     empty = torch.empty(len(coords), 0, device=coords.device)
     x = sites_only(detector._sparse(empty, coords, batch_size))
@@ -107,7 +147,8 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d
 class PrunableLayer:
     """A layer with weights: where it is, what it is, and the batch norm that follows it.
 
-    `part` is "3d", "2d" or "head"; `kind` is "sparse", "conv2d" or "deconv2d"; `final` marks a branch's last layer.
+    `part` is "3d" (all before the bird's-eye view), "2d" or "head"; `kind` is "sparse", "linear", "conv2d" or
+    "deconv2d"; `final` marks a branch's last layer.
     """
 
     name: str
@@ -134,16 +175,17 @@ class PrunableLayer:
 
 KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (SparseConvolution, "sparse"),
+    (nn.Linear, "linear"),
     (nn.Conv2d, "conv2d"),
     (nn.ConvTranspose2d, "deconv2d"),
 )
 
 
 def prunable_layers(detector: Detector) -> tuple[PrunableLayer, ...]:
-    """Every layer with weights, in forward order: the 3D backbone, the 2D backbone, the head."""
+    """Every layer with weights, in forward order: the 3D backbone or the pillars, the 2D backbone, the head."""
     blocks = range(len(detector.backbone_2d.blocks))
     flat = [f"backbone_2d.{kind}.{i}" for i in blocks for kind in ("blocks", "deblocks")]
-    layers = list(_layers(detector, "backbone_3d", "3d"))
+    layers = list(_layers(detector, "vfe" if detector.over_pillars else "backbone_3d", "3d"))
     for scope in flat:
         layers += _layers(detector, scope, "2d")
     return (*layers, *_layers(detector, "dense_head", "head"))
@@ -161,12 +203,15 @@ def _layers(detector: Detector, scope: str, part: str) -> Iterator[PrunableLayer
         if kind is None:
             continue
         norm = following if isinstance(following, Norm) else None
-        final = part == "head" and name.split(".")[-2] in _branch_names(detector)
+        final = part == "head" and _is_final(detector, name)
         yield PrunableLayer(name, part, kind, module, norm, next_name if norm is not None else None, final)
 
 
-def _branch_names(detector: Detector) -> set[str]:
-    return {branch.name for branches in detector.config.head.branches for branch in branches}
+def _is_final(detector: Detector, name: str) -> bool:
+    head = detector.config.head
+    if isinstance(head, AnchorHeadConfig):
+        return True
+    return name.split(".")[-2] in {branch.name for branches in head.branches for branch in branches}
 
 
 def dense_positions(detector: Detector) -> dict[str, int]:
@@ -175,17 +220,17 @@ def dense_positions(detector: Detector) -> dict[str, int]:
     A convolution's weights meet every output cell; those of a deconvolution whose kernel is its stride, every input
     cell.
     """
-    _, height, width = detector.backbone_3d.out_shape_zyx
+    height, width = detector.bev_shape
     positions = {}
     size = (height, width)
     for i, stride in enumerate(detector.config.backbone_2d.strides):
         height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
         for layer in _layers(detector, f"backbone_2d.blocks.{i}", "2d"):
             positions[layer.name] = height * width
-        for layer in _layers(detector, f"backbone_2d.deblocks.{i}", "2d"):
-            positions[layer.name] = height * width
         up = detector.config.backbone_2d.upsample_strides[i]
-        size = (height * up, width * up)
+        size = (round(height * up), round(width * up))
+        for layer in _layers(detector, f"backbone_2d.deblocks.{i}", "2d"):
+            positions[layer.name] = math.prod(size) if layer.kind == "conv2d" else height * width
     for layer in _layers(detector, "dense_head", "head"):
         positions[layer.name] = math.prod(size)
     return positions

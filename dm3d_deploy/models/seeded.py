@@ -42,7 +42,7 @@ def seeded_values(seed: int, name: str, shape: tuple[int, ...]) -> Float64[np.nd
     if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
         return 1.0 + JITTER * noise
     if leaf == "bias":
-        return JITTER * noise + (HEAT_MAP_BIAS if _is_output(name) and ".hm." in name else 0.0)
+        return JITTER * noise + (HEAT_MAP_BIAS if _is_output(name) and _is_score(name) else 0.0)
     return noise * math.sqrt(3.0) * _deviation(name, shape)
 
 
@@ -60,16 +60,22 @@ def _deviation(name: str, shape: tuple[int, ...]) -> float:
     gain = math.sqrt(2.0)
     if len(shape) == 5:
         fan_in *= OCCUPANCY
-    if name.startswith("backbone_3d.conv_input."):
+    if name.startswith(("backbone_3d.conv_input.", "vfe.pfn_layers.0.")):
         gain *= INPUT_GAIN
     if name.endswith(".conv2.weight"):
         gain *= RESIDUAL_GAIN
     if _is_output(name):
-        gain *= HEAT_MAP_GAIN if ".hm." in name else OUTPUT_GAIN
+        gain *= HEAT_MAP_GAIN if _is_score(name) else OUTPUT_GAIN
     return gain / math.sqrt(fan_in)
 
 
+def _is_score(name: str) -> bool:
+    return ".hm." in name or ".conv_cls." in name
+
+
 def _is_output(name: str) -> bool:
-    """Whether this belongs to a branch's last convolution: heads_list.TASK.BRANCH.INDEX.weight, one index only."""
+    """Whether this belongs to a last convolution: heads_list.TASK.BRANCH.INDEX.weight, dense_head.conv_cls.weight."""
     parts = name.split(".")
-    return "heads_list" in parts and len(parts) - parts.index("heads_list") == 5
+    if "heads_list" not in parts:
+        return name.startswith("dense_head.conv_")
+    return len(parts) - parts.index("heads_list") == 5

@@ -141,7 +141,7 @@ def strided_map(
         out_keys.append(cell_keys(torch.stack((batch[rows], z[rows], y[rows], x[rows]), dim=1), out_shape))
     keys, out_rows = torch.unique(torch.cat(out_keys), return_inverse=True)
     split = out_rows.split([len(rows) for rows in in_rows])
-    return KernelMap(tuple(in_rows), tuple(split), _cells_of(keys, out_shape), out_shape, submanifold=False)
+    return KernelMap(tuple(in_rows), tuple(split), cells_of(keys, out_shape), out_shape, submanifold=False)
 
 
 def output_shape(shape_zyx: Triple, kernel: Triple, stride: Triple, padding: Triple) -> Triple:
@@ -164,7 +164,7 @@ def _reached(
     return output, (output * stride == shifted) & (output >= 0) & (output < size)
 
 
-def _cells_of(keys: Int64[Tensor, " sites"], shape_zyx: Triple) -> Int64[Tensor, "sites 4"]:
+def cells_of(keys: Int64[Tensor, " sites"], shape_zyx: Triple) -> Int64[Tensor, "sites 4"]:
     """The inverse of `cell_keys`."""
     depth, height, width = shape_zyx
     rest = torch.div(keys, width, rounding_mode="floor")

@@ -16,7 +16,8 @@ The distortion of another model on that frame is ||dy||^2, at the cells that the
 as large as the output itself.
 
 Maps are named "<task>.<branch>", "0.hm" or "3.center", raw [1, channels, height, width]; every branch but `hm` is a
-box branch.
+box branch. Of an anchor head, each anchor of a cell counts as a task: "0.cls" are its confidences, "0.box" and "0.dir"
+its box channels.
 """
 
 from __future__ import annotations
@@ -75,9 +76,14 @@ def tasks_of(maps: Iterable[str]) -> tuple[int, ...]:
     return tuple(sorted({int(name.split(".", 1)[0]) for name in maps}))
 
 
+def score_name(maps: Iterable[str], task: int) -> str:
+    """The map of a task's confidences: the heat map of a CenterHead, the class scores of an anchor."""
+    return f"{task}.hm" if f"{task}.hm" in maps else f"{task}.cls"
+
+
 def box_names(maps: Iterable[str], task: int) -> tuple[str, ...]:
     """Those of the maps' names that are box maps of a task, in the order given."""
-    return tuple(name for name in maps if name.startswith(f"{task}.") and name != f"{task}.hm")
+    return tuple(name for name in maps if name.startswith(f"{task}.") and name != score_name(maps, task))
 
 
 def sigmoid(logits: Float[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape"]:
@@ -94,7 +100,7 @@ def top_cells(maps: Maps, count: int = BOX_CELLS) -> Cells:
     fewer than `count`.
     """
     tasks = tasks_of(maps)
-    confidences = [maps[f"{task}.hm"][0].max(axis=0).ravel() for task in tasks]
+    confidences = [maps[score_name(maps, task)][0].max(axis=0).ravel() for task in tasks]
     if count < 1 or any(np.isnan(confidence).any() for confidence in confidences):
         raise InternalError("the most confident cells need a count and maps without NaN")
     order = np.argsort(-np.concatenate(confidences), kind="stable")[:count]
@@ -113,7 +119,7 @@ def output_scale(frames: Iterable[Maps], count: int = BOX_CELLS) -> OutputScale:
     energies: list[float] = []
     values: dict[str, list[np.ndarray]] = {}
     for maps in frames:
-        energies.append(math.fsum(_energy(sigmoid(maps[f"{task}.hm"])) for task in tasks_of(maps)))
+        energies.append(math.fsum(_energy(sigmoid(maps[score_name(maps, task)])) for task in tasks_of(maps)))
         for task, cells in top_cells(maps, count).items():
             for name in box_names(maps, task):
                 values.setdefault(name, []).append(_at(maps[name], cells))
@@ -137,7 +143,8 @@ def output_distortion(
     """||y_other - y_dense||^2 of one frame; `cells` are `top_cells(dense, scale.box_cells)`."""
     if dense.keys() != other.keys() or any(dense[name].shape != other[name].shape for name in dense):
         raise InternalError("the outputs of two models differ in their maps")
-    score = math.fsum(_energy(sigmoid(other[f"{task}.hm"]) - sigmoid(dense[f"{task}.hm"])) for task in tasks_of(dense))
+    names = [score_name(dense, task) for task in tasks_of(dense)]
+    score = math.fsum(_energy(sigmoid(other[name]) - sigmoid(dense[name])) for name in names)
     squares, count = [], 0
     for task, chosen in cells.items():
         for name in box_names(dense, task):

@@ -37,7 +37,7 @@ def taps_from_native(layer: Layer, array: np.ndarray) -> np.ndarray:
     """An array of the weight's native shape as [taps, Cin, Cout], a view where strides allow."""
     if array.shape != layer.shape:
         raise InternalError(f"{layer.name}: an array of shape {array.shape} does not fit the weight {layer.shape}")
-    axes = {"sparse": (1, 2, 3, 4, 0), "conv2d": (2, 3, 1, 0), "deconv2d": (2, 3, 0, 1)}[layer.kind]
+    axes = {"sparse": (1, 2, 3, 4, 0), "linear": (1, 0), "conv2d": (2, 3, 1, 0), "deconv2d": (2, 3, 0, 1)}[layer.kind]
     return array.transpose(axes).reshape(layer.taps, layer.inputs, layer.outputs)
 
 
@@ -45,7 +45,7 @@ def native_from_taps(layer: Layer, taps: np.ndarray) -> np.ndarray:
     """The inverse of `taps_from_native`, contiguous."""
     if taps.shape != (layer.taps, layer.inputs, layer.outputs):
         raise InternalError(f"{layer.name}: an array of shape {taps.shape} holds no taps of {layer.shape}")
-    axes = {"sparse": (4, 0, 1, 2, 3), "conv2d": (3, 2, 0, 1), "deconv2d": (2, 3, 0, 1)}[layer.kind]
+    axes = {"sparse": (4, 0, 1, 2, 3), "linear": (1, 0), "conv2d": (3, 2, 0, 1), "deconv2d": (2, 3, 0, 1)}[layer.kind]
     return np.ascontiguousarray(taps.reshape(*layer.kernel, layer.inputs, layer.outputs).transpose(axes))
 
 
@@ -61,7 +61,7 @@ def eligible_patterns(layer: Layer, device_patterns: Iterable[Pattern]) -> tuple
     offered = set(device_patterns)
     if layer.kind == "sparse":
         return (("unstructured", "tile") if "tile" in offered else ("unstructured",)), None
-    if "2:4" not in offered:
+    if "2:4" not in offered or layer.kind == "linear":
         return ("unstructured",), None
     if layer.inputs % 4:
         reason = f"2:4 needs input channels in fours, the layer has {layer.inputs}"

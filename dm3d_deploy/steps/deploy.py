@@ -26,6 +26,7 @@ def export(run: RunContext) -> None:
     from exporters.backbone3d import export_backbone3d
     from exporters.bev_head import export_bev_head
     from exporters.graph_checks import check_graph, sparsity_of
+    from exporters.pillars import export_pillars
 
     config = load_config(run.path("model_config"))
     precision = cast(Literal["fp16", "fp32"], run.recipe.precision)
@@ -37,7 +38,11 @@ def export(run: RunContext) -> None:
         graphs.append(_row(head, export_bev_head(detector, run.path(head), precision=precision)))
         run.watch.advanced(len(graphs), 4)
         cap, plan = config.voxels.max_voxels, FILES["plan"] if backbone == "backbone3d" else ""
-        graphs.append(_row(backbone, export_backbone3d(detector, run.path(backbone), max_voxels=cap, plan_file=plan)))
+        if detector.over_pillars:
+            to_bev = export_pillars(detector, run.path(backbone))
+        else:
+            to_bev = export_backbone3d(detector, run.path(backbone), max_voxels=cap, plan_file=plan)
+        graphs.append(_row(backbone, to_bev))
         run.watch.advanced(len(graphs), 4)
         for kind in (head, backbone):
             check_graph(run.path(kind))
@@ -111,7 +116,7 @@ def bench(run: RunContext) -> None:
 
     cloud, label, _ = shown_cloud(run)
     detectors = {variant: load_run(run.root, variant=variant) for variant in reversed(VARIANTS)}
-    voxels = len(next(iter(detectors.values())).voxels_of(cloud).coords)
+    voxels = next(iter(detectors.values())).voxels_of(cloud).cells
     rounds = WARMUP_ROUNDS + run.recipe.bench_repeats
     done = 0
 

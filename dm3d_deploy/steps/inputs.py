@@ -77,7 +77,7 @@ def frames(run: RunContext) -> None:
     shown_columns: list[str] = []
     for index, ref in enumerate(plan.frames):
         cloud = load_frame(ref)
-        voxels = voxelize(cloud, config.voxels)
+        voxels = voxelize(cloud, config)
         arrays[f"{index}.features"] = voxels.features
         arrays[f"{index}.coords"] = voxels.coords.astype(np.int16)
         arrays[f"{index}.num_points"] = voxels.num_points
@@ -109,7 +109,7 @@ def _row(ref: FrameRef, cloud: PointCloud, voxels: Voxels) -> dict[str, object]:
         "label": ref.label,
         "points": len(cloud.points),
         "columns": describe(cloud),
-        "voxels": len(voxels.coords),
+        "voxels": voxels.cells,
         "found": voxels.found,
         "cutoff_m": voxels.cutoff_m if math.isfinite(voxels.cutoff_m) else None,
     }

@@ -18,14 +18,14 @@ PARTS_OF_SCOPE = {"backbone": ("3d", "2d"), "model": ("3d", "2d", "head")}
 
 
 def layers_of(detector: Detector, pairs: Sequence[Mapping[str, np.ndarray]]) -> tuple[Layer, ...]:
-    """All layers of a detector; `pairs` are each calibration frame's kernel-map pairs per tap, averaged here."""
+    """All layers of a detector; `pairs` are each calibration frame's multiplied rows per tap, averaged."""
     from dm3d_deploy.models.detector import dense_positions, prunable_layers
 
     dense = dense_positions(detector)
     layers = []
     for found in prunable_layers(detector):
         shape = tuple(found.weight.shape)
-        if found.kind == "sparse":
+        if found.kind in ("sparse", "linear"):
             positions = np.stack([frame[found.name] for frame in pairs]).mean(axis=0, dtype=np.float64)
         else:
             positions = np.full(int(np.prod(shape[2:])), float(dense[found.name]))

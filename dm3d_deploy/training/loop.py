@@ -117,7 +117,7 @@ def columns_multiplied(detector: Detector, scale: Float[Tensor, " columns"]) -> 
 
 def labelled_losses(detector: Detector, *, half_2d: bool) -> LossSource:
     """The losses of the detector's head against the targets of a batch."""
-    branches = [[b.name for b in task if b.name != "hm"] for task in detector.config.head.branches]
+    branches = [[b.name for b in task if b.name != "hm"] for task in detector.config.center_head.branches]
 
     def losses(batch: Batch) -> Mapping[str, Tensor]:
         found = center_losses(raw_maps(detector, batch, half_2d=half_2d), batch.targets, branches)

@@ -30,7 +30,7 @@ def start_weights(detector: Detector, mean_sizes_m: Mapping[str, tuple[float, fl
             layer.weight.copy_(deviation * torch.randn(layer.weight.shape, generator=random))
             if isinstance(layer.module.bias, torch.Tensor):
                 layer.module.bias.zero_()
-        for task, names in enumerate(detector.config.head.classes_by_task):
+        for task, names in enumerate(detector.config.center_head.classes_by_task):
             _start_outputs(detector, task, [mean_sizes_m[name] for name in names])
 
 
@@ -45,7 +45,7 @@ def _start_outputs(detector: Detector, task: int, sizes_m: Sequence[tuple[float,
     """The biases of one task's outputs."""
     dim = torch.from_numpy(np.log(np.array(sizes_m)).mean(axis=0))
     start = {"center": CENTRE_BIAS, "center_z": HEIGHT_BIAS_M, "hm": HEAT_BIAS, "dim": dim}
-    for branch in detector.config.head.branches[task]:
+    for branch in detector.config.center_head.branches[task]:
         if branch.name in start:
             final = detector.get_submodule(f"dense_head.heads_list.{task}.{branch.name}.{branch.convs - 1}")
             bias = final.bias

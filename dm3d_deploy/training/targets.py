@@ -69,14 +69,14 @@ def center_targets(
     values = _box_values(boxes, x, y)
     cells_lw = boxes.size[:, :2].astype(np.float64) / (cell_x, cell_y)
     tasks = []
-    for task, names in enumerate(config.head.classes_by_task):
+    for task, names in enumerate(config.center_head.classes_by_task):
         heat = np.zeros((len(names), *shape), dtype=np.float32)
         channel_of = {config.class_names.index(name): channel for channel, name in enumerate(names)}
         rows = np.flatnonzero(inside & np.isin(labels, list(channel_of)))
         for row in rows:
             radius = max(MIN_RADIUS_CELLS, int(gaussian_radius(*cells_lw[row])))
             _draw_gaussian(heat[channel_of[int(labels[row])]], int(x[row]), int(y[row]), radius)
-        branches = [branch.name for branch in config.head.branches[task] if branch.name != "hm"]
+        branches = [branch.name for branch in config.center_head.branches[task] if branch.name != "hm"]
         columns = [values[name][rows] for name in branches]
         tasks.append(
             TaskTargets(

@@ -16,8 +16,8 @@ TEXT = (Path(__file__).parents[1] / "fixtures" / "centerpoint-tiny.yaml").read_t
 # What is written instead of what, and what must be said about it.
 WRONG = [
     ("NAME: CenterPoint", "NAME: CenterPont", "MODEL.NAME is 'CenterPont', which is no supported detector", "CenterPoint'?"),
-    ("NAME: MeanVFE", "NAME: PillarVFE", "MODEL.VFE.NAME is 'PillarVFE', which is no supported VFE module", "MeanVFE"),
-    ("NAME: VoxelResBackBone8x", "NAME: VoxelBackBone8x", "MODEL.BACKBONE_3D.NAME is 'VoxelBackBone8x'", "did you mean 'VoxelResBackBone8x'?"),
+    ("NAME: MeanVFE", "NAME: ImageVFE", "MODEL.VFE.NAME is 'ImageVFE', which is no supported VFE module", "MeanVFE"),
+    ("NAME: VoxelResBackBone8x", "NAME: VoxelResBackBone4x", "MODEL.BACKBONE_3D.NAME is 'VoxelResBackBone4x'", "did you mean 'VoxelResBackBone8x'?"),
     ("NAME: HeightCompression", "NAME: PointPillarScatter", "MODEL.MAP_TO_BEV.NAME is 'PointPillarScatter'", "HeightCompression"),
     ("NAME: BaseBEVBackbone", "NAME: BaseBEVBackboneV1", "MODEL.BACKBONE_2D.NAME is 'BaseBEVBackboneV1'", "did you mean 'BaseBEVBackbone'?"),
     ("NAME: CenterHead", "NAME: AnchorHeadSingle", "MODEL.DENSE_HEAD.NAME is 'AnchorHeadSingle'", "CenterHead"),
@@ -42,7 +42,7 @@ WRONG = [
     ("NUM_BEV_FEATURES: 32", "NUM_BEV_FEATURES: 64", "is 64, but 16 channels x 2 cells left along z are 32", "write 32"),
     ("CHANNELS: [4, 4, 8, 8, 16, 16]", "CHANNELS: [4, 4, 8, 8, 16]", "CHANNELS must be a list of 6, not a list of 5", "give 6"),
     ("UPSAMPLE_STRIDES: [1, 2]", "UPSAMPLE_STRIDES: [1, 1]", "strides [1, 2], upsampled [1, 1]", "write [1, 2]"),
-    ("UPSAMPLE_STRIDES: [1, 2]", "UPSAMPLE_STRIDES: [0.5, 1]", "UPSAMPLE_STRIDES[0] must be a whole number, not 0.5", "1 to 4096"),
+    ("UPSAMPLE_STRIDES: [1, 2]", "UPSAMPLE_STRIDES: [0.7, 1]", "UPSAMPLE_STRIDES[0] is 0.7", "one over a whole number"),
     ("LAYER_STRIDES: [1, 2]", "LAYER_STRIDES: [1]", "LAYER_STRIDES must be a list of 2, not a list of 1", "give 2"),
     ("FEATURE_MAP_STRIDE: 8", "FEATURE_MAP_STRIDE: 4", "FEATURE_MAP_STRIDE is 4, but the backbones make 8", "write 8"),
     ("- [motorcycle, bicycle]", "- [motorcycle]", "but CLASS_NAMES car, truck", "exactly one task"),
@@ -53,7 +53,7 @@ WRONG = [
     ("dim: {out_channels: 3", "dim: {out_channels: 4", "HEAD_DICT.dim.out_channels is 4", "write 3"),
     ("used_feature_list: [x, y, z, intensity, timestamp]", "used_feature_list: [x, y, intensity]", "used_feature_list is x, y, intensity", "start with x, y, z"),
     ("used_feature_list: [x, y, z, intensity, timestamp]", "used_feature_list: [x, y, z, elongation]", "is 'elongation', which is no supported point column", "known: x, y, z"),
-    ("- NAME: shuffle_points", "- NAME: transform_points_to_voxels", "DATA_PROCESSOR makes voxels 2 times", "once"),
+    ("- NAME: shuffle_points", "- NAME: transform_points_to_voxels", "DATA_PROCESSOR makes voxels by transform_points_to_voxels, transform_points_to_voxels", "once"),
     ("NMS_THRESH: 0.2", "NMS_THRESH: 0.2\n                MULTI_CLASSES_NMS: True", "MULTI_CLASSES_NMS is True", "write False"),
     ("DATASET: NuScenesDataset", "DATASET: 7", "DATA_CONFIG.DATASET must be text, not 7", "write a word"),
     ("DATASET: NuScenesDataset", "DATASET: [a]", "DATA_CONFIG.DATASET must be text, not a list of 1", "write a word"),

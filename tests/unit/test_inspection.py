@@ -10,6 +10,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from dm3d_deploy.artifacts import digest_of_file
+from dm3d_deploy.config import detector_names, load_config
 from dm3d_deploy.doctor import device_rows
 from dm3d_deploy.errors import CheckpointError, ExportError, StaleArtifact, UsageError
 from dm3d_deploy.inspection import describe_path, model_rows, print_description, print_rows
@@ -119,8 +120,35 @@ def test_a_known_model_is_guessed_by_its_tasks_and_width(tmp_path):
     weights = {f"{SLOT}.{task}.hm.0.0.weight": np.zeros((64, 64, 3, 3), "f4") for task in range(6)}
     weights |= {f"{SLOT}.{task}.hm.1.weight": np.zeros((count, 64, 3, 3), "f4") for task, count in enumerate(tasks)}
     weights["backbone_3d.conv_out.0.weight"] = np.zeros((128, 3, 1, 1, 128), "f4")
+    weights["backbone_3d.conv1.0.conv1.weight"] = np.zeros((16, 3, 3, 3, 16), "f4")
     save_file(weights, tmp_path / "w.safetensors")
-    assert describe_path(tmp_path / "w.safetensors")["looks_like"].startswith("centerpoint, by its classes per task")
+    told = "centerpoint or centerpoint-0075, by its classes per task and its width (not loaded)"
+    assert describe_path(tmp_path / "w.safetensors")["looks_like"] == told
+
+
+@pytest.mark.parametrize(
+    ("scores", "before", "told"),
+    [
+        (18, "backbone_3d.conv_out.0.weight", "second, by its classes per task"),
+        (30, "backbone_3d.conv_out.0.weight", "second-once, by its classes per task"),
+        (18, "vfe.pfn_layers.0.linear.weight", "pointpillars, by its classes per task"),
+        (7, "vfe.pfn_layers.0.linear.weight", "an anchor head with 7 class scores a cell, of no configuration known"),
+    ],
+)
+def test_anchor_heads_are_guessed_too(tmp_path, scores, before, told):
+    weights = {"dense_head.conv_cls.weight": np.zeros((scores, 8, 1, 1), "f4")}
+    weights[before] = np.zeros((128, 3, 1, 1, 64) if "3d" in before else (64, 10), "f4")
+    save_file(weights, tmp_path / "w.safetensors")
+    assert describe_path(tmp_path / "w.safetensors")["looks_like"].startswith(told)
+
+
+@pytest.mark.parametrize("name", detector_names())
+def test_the_parameters_that_models_tells_are_counted(name):
+    pytest.importorskip("torch")
+    from dm3d_deploy.models.detector import build_detector
+
+    row = next(row for row in model_rows() if row["model"] == name)
+    assert row["parameters"] == sum(p.numel() for p in build_detector(load_config(name)).parameters())
 
 
 @pytest.mark.parametrize(
