@@ -46,7 +46,7 @@ def sweep(
     _check(targets, methods)
     eye = watch if watch is not None else Silent()
     base = out / "base"
-    recipe = replace(recipe, patterns="unstructured")
+    recipe = replace(recipe, patterns="unstructured", candidates=1)  # others choose among none
     with FramePool() as pool:
         build(replace(recipe, method=methods[0], target=targets[0]), base, last="gradients", watch=eye, pool=pool)
         judge = _Judge(pool)

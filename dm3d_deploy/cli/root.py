@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 FOREGROUND = "The line"
+STUDY = "Methods and runs side by side"
 WORLD = "The simulated world"
 BACKGROUND = "Look things up"
 INTERRUPTED = "interrupted: finished stages are kept, and the same command goes on from there\n"

@@ -252,3 +252,38 @@ def latency_chart(entries: Sequence[Mapping[str, Any]], name: str) -> str:
 
     height = TOP_PX + BOTTOM_PX + ROW_PX * len(ordered)
     return _draw(f"latency-{name}", "Latency of each stage, dense and pruned", 530, height, paint)
+
+
+def pareto_chart(
+    lines: Mapping[str, Sequence[tuple[float, float]]], name: str, *, title: str, logarithmic: bool
+) -> str:
+    """A line per method through its points (share of MACs kept, value): the paper's Fig. 1."""
+    inks = dict(zip(lines, ["accent", "2d", "head", "3d", *["muted"] * len(lines)], strict=False))
+    marks = dict(zip(lines, "os^Dv<>ph*" * len(lines), strict=False))
+
+    def paint(figure: Figure) -> None:
+        width, height = figure.get_size_inches() * 72
+        axes = figure.add_axes((56 / width, 34 / height, (width - 160) / width, (height - 34 - TOP_PX) / height))
+        axes.set_facecolor("none")
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.tick_params(length=0, labelsize=TEXT_PX - 1, labelcolor=INK["muted"], pad=4)
+        axes.grid(color=INK["line"], linewidth=0.8)
+        axes.set_axisbelow(True)
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.minorticks_off()
+        for row, (method, points) in enumerate(lines.items()):
+            x, y = zip(*sorted(points), strict=True)
+            style = {"color": INK[inks[method]], "marker": marks[method], "markersize": 5, "linewidth": 1.6}
+            axes.plot(x, y, **style)
+            at = 1 - 0.09 * (row + 0.5)
+            axes.plot([1.06], [at], transform=axes.transAxes, clip_on=False, **style)
+            axes.text(1.1, at, method[:14], transform=axes.transAxes, va="center", color=INK["ink"], fontsize=TEXT_PX)
+        axes.yaxis.set_major_formatter(lambda value, _: significant(value, 2))
+        axes.xaxis.set_major_locator(_few_ticks())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.set_xlabel("MACs kept, backbones", color=INK["muted"], fontsize=TEXT_PX)
+        _title(axes, title)
+
+    return _draw(f"pareto-{name}", title, 530, 300, paint)

@@ -124,6 +124,16 @@ SCHEMA: dict[str, Any] = {
             "after": AMOUNT,
             "reason": WORDS,
             "seconds": Nullable(AMOUNT),
+            "steps": ListOf(
+                {
+                    "method": WORDS,
+                    "accepted": FLAG,
+                    "before": AMOUNT,
+                    "after": AMOUNT,
+                    "reason": WORDS,
+                    "seconds": Nullable(AMOUNT),
+                }
+            ),
         }
     ),
     "layers": ListOf(

@@ -197,8 +197,12 @@ def _distortion(found: Mapping[str, Any]) -> dict[str, Any]:
 def _recovery(run: RunContext, recovery: Mapping[str, Any]) -> dict[str, Any] | None:
     if recovery["method"] == "none":
         return None
-    seconds = read_measurements(run.root).seconds.get("recover")
-    return {**{k: recovery[k] for k in ("method", "accepted", "before", "after", "reason")}, "seconds": seconds}
+    took = json.loads(run.path("recovery_seconds").read_text(encoding="utf-8"))
+    return {
+        **{k: recovery[k] for k in ("method", "accepted", "before", "after", "reason")},
+        "seconds": read_measurements(run.root).seconds.get("recover"),
+        "steps": [{**step, "seconds": took.get(step["method"])} for step in recovery["steps"]],
+    }
 
 
 def _layers(recipe: Recipe, found: Mapping[str, Any]) -> list[dict[str, Any]]:

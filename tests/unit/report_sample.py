@@ -226,6 +226,16 @@ def _recovery() -> dict[str, Any]:
         "after": 0.097,
         "reason": "held-out distortion fell",
         "seconds": 12.4,
+        "steps": [
+            {
+                "method": "batch-norm re-estimation",
+                "accepted": True,
+                "before": 0.214,
+                "after": 0.097,
+                "reason": "held-out distortion fell",
+                "seconds": 11.9,
+            }
+        ],
     }
 
 
