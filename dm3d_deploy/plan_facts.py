@@ -12,26 +12,26 @@ from dm3d_deploy.errors import EngineError
 from engines.sparse3d.describe import describe
 from engines.sparse3d.plan_file import read_plan
 
-PLAN = "3D plan"
+PLANS = {"plan": "3D plan", "points_plan": "3D plan from points"}
 STANDING = "compiled, not run on a device"
 NOT_COMPILED = "not compiled"
 
 
-def describe_plan_of_run(root: Path) -> dict[str, Any]:
-    """The plan of a run in plain data (`describe`), with its file and digest.
+def describe_plan_of_run(root: Path, kind: str = "plan") -> dict[str, Any]:
+    """A plan of a run in plain data (`describe`), with its file and digest; `kind` is one of PLANS.
 
     StaleArtifact for a run that was not built so far or a changed file, EngineError with the reason where the backbone
     could not be planned.
     """
     manifest = read_manifest(root)
     info = json.loads(manifest.artifact("plan_info").checked(root).read_text(encoding="utf-8"))
-    refusal = plan_refusal(info)
+    refusal = plan_refusal(info, kind)
     if refusal:
-        raise EngineError(f"{root} holds no 3D plan. {refusal}", fix="run backbone3d.onnx in ONNX Runtime")
-    file = manifest.artifact("plan")
+        raise EngineError(f"{root} holds no {PLANS[kind]}. {refusal}", fix="run backbone3d.onnx in ONNX Runtime")
+    file = manifest.artifact(kind)
     plan = read_plan(file.checked(root))
     return {
-        "what": "3D plan",
+        "what": PLANS[kind],
         "path": str(root / file.path),
         "bytes": file.bytes,
         "sha256": file.digest,
@@ -39,14 +39,14 @@ def describe_plan_of_run(root: Path) -> dict[str, Any]:
     }
 
 
-def plan_refusal(info: Mapping[str, Any]) -> str:
+def plan_refusal(info: Mapping[str, Any], kind: str) -> str:
     """Why the backbone was not planned, or nothing."""
-    return next((str(row["reason"]) for row in info["skipped"] if row["layer"] == PLAN), "")
+    return next((str(row["reason"]) for row in info["skipped"] if row["layer"] == PLANS[kind]), "")
 
 
 def plan_section(root: Path, info: Mapping[str, Any]) -> dict[str, Any] | None:
     """The report's `plan`, or None where the backbone was not planned; `info` is resources.json."""
-    if plan_refusal(info):
+    if plan_refusal(info, "plan"):
         return None
     file: Artifact = read_manifest(root).artifact("plan")
     told = describe(read_plan(file.checked(root)))

@@ -32,6 +32,7 @@ FILES = {
     "backbone3d": "onnx/backbone3d.onnx",
     "export_info": "work/export.json",
     "plan": "engines/backbone3d/backbone3d.plan",
+    "points_plan": "engines/backbone3d/points.plan",
     "plan_info": "engines/backbone3d/resources.json",
     "bev_head_engine": "engines/bev_head.rtx.engine",
     "engines_info": "engines/engines.json",
@@ -129,8 +130,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="plan", says="plan the 3D engine", run="dm3d_deploy.steps.plan3d:plan3d",
-        reads=("model_config", "frames", "frames_info", "backbone3d"), writes=("plan_info",), optional=("plan",),
-        recipe=("device", "precision"), tools=("triton",),
+        reads=("model_config", "frames", "frames_info", "backbone3d"), writes=("plan_info",),
+        optional=("plan", "points_plan"), recipe=("device", "precision"), tools=("triton",),
     ),
     Stage(
         name="engine", says="build engines", run="dm3d_deploy.steps.deploy:engine",

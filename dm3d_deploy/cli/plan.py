@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from dm3d_deploy.cli.root import BACKGROUND, Json, RunFolder, app, print_json
@@ -17,12 +19,16 @@ def _plan() -> None:
 
 
 @plan.command()
-def inspect(run: RunFolder, as_json: Json = False) -> None:
+def inspect(
+    run: RunFolder,
+    points: Annotated[bool, typer.Option("--points", help="The plan that starts at points, not at voxels.")] = False,
+    as_json: Json = False,
+) -> None:
     """Say what the plan takes and skips: workspace, capacities, tiles per layer, buffers, steps, required features."""
     from dm3d_deploy.inspection import print_description
     from dm3d_deploy.plan_facts import describe_plan_of_run
 
-    found = describe_plan_of_run(run)
+    found = describe_plan_of_run(run, "points_plan" if points else "plan")
     if as_json:
         print_json(found)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from math import ceil
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -13,15 +14,19 @@ from safetensors import safe_open
 from dm3d_deploy.artifacts import write_json
 from dm3d_deploy.config import load_config
 from dm3d_deploy.device import Device, devices_from
-from dm3d_deploy.errors import EngineError, MissingDependency, UsageError
-from dm3d_deploy.plan_facts import NOT_COMPILED, PLAN
+from dm3d_deploy.errors import Dm3dError, EngineError, MissingDependency, UsageError
+from dm3d_deploy.plan_facts import NOT_COMPILED, PLANS
 from dm3d_deploy.stages import RunContext
-from engines.sparse3d.aot import compile_plan, sms_of
-from engines.sparse3d.entry import frame_from_config
+from engines.sparse3d.aot import compile_plans, sms_of
+from engines.sparse3d.entry import Frame, frame_from_config
+from engines.sparse3d.onnx_reader import read_backbone
 from engines.sparse3d.plan import Plan
 from engines.sparse3d.plan_file import write_plan
 from engines.sparse3d.planner import calibrated_plan
+from engines.sparse3d.shapes import DEVICE
+from engines.sparse3d.sites import frame_statistics
 
+MARGIN = 1.25  # of rows over the fullest calibration frame
 VEHICLES = "orin,rtx4090,thor-jp7,rtx5090"
 NOTHING_COMPILED: dict[str, Any] = {
     "triton": None, "standing": NOT_COMPILED, "reproducible": True, "targets": {}, "kernels": [],
@@ -31,21 +36,17 @@ NOTHING_COMPILED: dict[str, Any] = {
 def plan3d(run: RunContext) -> None:
     """Plan the pruned 3D backbone, compile its kernels for the recipe's devices, and say what was left out and why."""
     sms, skipped = sms_and_skipped(plan_devices(run.recipe.device))
-    told = NOTHING_COMPILED
+    plans, told = _neutral_plans(run, skipped), NOTHING_COMPILED
     try:
-        plan = _neutral(run)
-    except (EngineError, UsageError) as error:  # what the 3D engine cannot run, ONNX Runtime can
-        skipped.append({"layer": PLAN, "reason": str(error)})
-        run.watch.noted(f"no 3D plan: {error}")
-        write_json(run.path("plan_info"), {**told, "skipped": skipped})
-        return
-    try:
-        plan, told = compile_plan(plan, sms)
+        if plans and sms:
+            built, told = compile_plans(list(plans.values()), sms)
+            plans = dict(zip(plans, built, strict=True))
     except MissingDependency as error:
         names = ", ".join(f"sm_{sm}" for sm in sms)
         skipped.append({"layer": f"3D kernels for {names}", "reason": str(error)})
         run.watch.noted(f"no kernels in the 3D plan, for {names}: {error}")
-    write_plan(run.path("plan"), plan)
+    for name, plan in plans.items():
+        write_plan(run.path(name), plan)
     write_json(run.path("plan_info"), {**told, "skipped": skipped})
 
 
@@ -70,15 +71,41 @@ def sms_and_skipped(devices: Iterable[Device]) -> tuple[tuple[int, ...], list[di
     return tuple(sorted(sms)), skipped
 
 
-def _neutral(run: RunContext) -> Plan:
-    """The plan of backbone3d.onnx without kernels, its capacities from the cells of the calibration frames."""
+def _neutral_plans(run: RunContext, skipped: list[dict[str, str]]) -> dict[str, Plan]:
+    """The plans of backbone3d.onnx without kernels, as far as they can be made; the others join `skipped`."""
+    plans: dict[str, Plan] = {}
+
+    def left_out(name: str, error: Dm3dError) -> None:
+        skipped.append({"layer": PLANS[name], "reason": str(error)})
+        run.watch.noted(f"no {PLANS[name]}: {error}")
+
+    try:
+        backbone = read_backbone(run.path("backbone3d"))
+    except EngineError as error:  # what the 3D engine cannot run, ONNX Runtime can
+        for name in PLANS:
+            left_out(name, error)
+        return plans
+    statistics = [frame_statistics(backbone, cells, conv_rows=DEVICE.conv_rows) for cells in _calibration_cells(run)]
+    precision = cast(Literal["fp16", "fp32"], run.recipe.precision)
+    for name, frame in _frames(run).items():
+        try:
+            plans[name] = calibrated_plan(
+                backbone, frame=frame, calibration=statistics, margin=MARGIN, precision=precision
+            )
+        except (EngineError, UsageError) as error:
+            left_out(name, error)
+    return plans
+
+
+def _frames(run: RunContext) -> dict[str, Frame]:
+    """What the plans start at: the inputs of the ONNX node, and points as the sensor gives them."""
     config = load_config(run.path("model_config")).voxels
-    return calibrated_plan(
-        run.path("backbone3d"),
-        frame=frame_from_config(config, rows=config.max_voxels),
-        coords=_calibration_cells(run),
-        precision=cast(Literal["fp16", "fp32"], run.recipe.precision),
-    )
+    info = json.loads(run.path("frames_info").read_text(encoding="utf-8"))
+    most = max(row["points"] for row in info["frames"] if row["role"] == "calibration")
+    return {
+        "plan": frame_from_config(config, rows=config.max_voxels),
+        "points_plan": frame_from_config(config, rows=ceil(most * MARGIN), points=True),
+    }
 
 
 def _calibration_cells(run: RunContext) -> list[Int16[np.ndarray, "voxels 4"]]:

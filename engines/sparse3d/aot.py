@@ -16,13 +16,13 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dm3d_deploy.device import usable_cores
 from dm3d_deploy.errors import EngineError, UsageError, require
-from engines.sparse3d.plan import Cubin, Plan, add_cubins
+from engines.sparse3d.plan import Cubin, Kernel, Plan, add_cubins
 
 PACKAGE = "engines.sparse3d"
 TIMEOUT_S = 900.0
@@ -94,6 +94,33 @@ def compile_plan(
         "targets": targets,
         "kernels": rows,
     }
+
+
+def compile_plans(plans: Sequence[Plan], sms: Sequence[int]) -> tuple[list[Plan], dict[str, Any]]:
+    """What `compile_plan` does, for several plans: a kernel that they share is compiled once and has one row."""
+    known: dict[str, Kernel] = {}
+    for plan in plans:
+        for kernel in plan.kernels:
+            known.setdefault(_identity(kernel), kernel)
+    # the first plan's kernels come first, so its launches still name theirs
+    whole, table = compile_plan(replace(plans[0], kernels=tuple(known.values())), sms)
+    place = {name: number for number, name in enumerate(known)}
+    built = [
+        replace(
+            plan,
+            cubins={
+                sm: tuple(cubins[place[_identity(kernel)]] for kernel in plan.kernels)
+                for sm, cubins in whole.cubins.items()
+            },
+        )
+        for plan in plans
+    ]
+    return built, table
+
+
+def _identity(kernel: Kernel) -> str:
+    """What its image depends on; the name does not count."""
+    return repr(replace(kernel, name="", constexprs=dict(sorted(kernel.constexprs.items()))))
 
 
 def _compiled(plan: Plan, sm: int, package: str, timeout_s: float) -> tuple[list[Cubin], list[dict[str, Any]]]:

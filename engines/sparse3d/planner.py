@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int
 
 from dm3d_deploy.errors import EngineError, UsageError, nearest
 from engines.sparse3d.assembly import INT_LIMIT, Array, Assembly
 from engines.sparse3d.cost import cost_of
 from engines.sparse3d.entry import Frame, enter
-from engines.sparse3d.onnx_reader import ENTRY, Backbone, Convolution, Stage, read_backbone
+from engines.sparse3d.onnx_reader import ENTRY, Backbone, Convolution, Stage
 from engines.sparse3d.packing import TiledWeights, pitch_of, tiled_weights
 from engines.sparse3d.plan import ELEMENT_BYTES, Plan, PlanLayer, StatusWord
 from engines.sparse3d.shapes import DEVICE, MOST_BLOCKS, KernelShapes, power_of_two, programs
-from engines.sparse3d.sites import FrameStatistics, capacities_from, frame_statistics
+from engines.sparse3d.sites import FrameStatistics, capacities_from
 
 Precision = Literal["fp16", "fp32"]
 NUMPY_OF = {"fp16": np.float16, "fp32": np.float32}
@@ -71,32 +69,24 @@ def plan_backbone(
 
 
 def calibrated_plan(
-    path: Path,
+    backbone: Backbone,
     *,
     frame: Frame,
-    coords: Sequence[Int[np.ndarray, "voxels 4"]],
-    margin: float = 1.25,
+    calibration: Sequence[FrameStatistics],
+    margin: float,
     capacities: Mapping[str, int] | None = None,
     precision: Precision = "fp16",
 ) -> Plan:
-    """Read backbone3d.onnx and plan it with capacities from the cells of calibration frames (max x margin).
+    """The plan with capacities from calibration frames (max x `margin`); `capacities` sets single stages.
 
-    `coords` are (batch, z, y, x) of each frame; `capacities` sets single stages. Errors of `read_backbone`,
-    `capacities_from` and `plan_backbone`; UsageError for a capacity of a stage that does not exist.
+    Errors of `capacities_from` and `plan_backbone`; UsageError for a capacity of a stage that does not exist.
     """
-    backbone = read_backbone(path)
-    statistics = [frame_statistics(backbone, cells, conv_rows=DEVICE.conv_rows) for cells in coords]
-    rooms = capacities_from(statistics, margin=margin, max_voxels=backbone.max_voxels)
+    rooms = capacities_from(calibration, margin=margin, max_voxels=backbone.max_voxels)
     for name in capacities or {}:
         if name not in rooms:
             raise UsageError(f"the backbone has no stage '{name}'.", fix=nearest(name, rooms))
-    return plan_backbone(
-        backbone,
-        frame=frame,
-        capacities={**rooms, **(capacities or {})},
-        precision=precision,
-        calibration=statistics,
-    )
+    rooms |= capacities or {}
+    return plan_backbone(backbone, frame=frame, capacities=rooms, precision=precision, calibration=calibration)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dm3d_deploy.steps import plan3d
 from dm3d_deploy.steps.plan3d import plan_devices
 from engines.sparse3d.plan_file import read_plan
 
-PLAN, INFO = FILES["plan"], FILES["plan_info"]
+PLAN, POINTS, INFO = FILES["plan"], FILES["points_plan"], FILES["plan_info"]
 
 
 def context(root, frames, **changes):
@@ -36,10 +36,32 @@ def test_a_build_leaves_a_plan_with_kernels_and_their_resources(tiny_run):
     assert [item.shape for item in plan.inputs] == [
         tuple(size.dim_value for size in value.type.tensor_type.shape.dim) for value in node.input
     ]
-    assert [(row["sm"], row["kernel"]) for row in info["kernels"]] == [("sm_87", item.name) for item in plan.kernels]
+    rows = [(row["sm"], row["kernel"]) for row in info["kernels"]]
+    assert rows[: len(plan.kernels)] == [("sm_87", item.name) for item in plan.kernels]
     assert {"registers", "shared_bytes", "stack_bytes", "local_bytes"} <= info["kernels"][0].keys()
     assert info["standing"] == "built, not run here"
     assert info["skipped"] == []
+
+
+def test_a_second_plan_starts_at_points_and_shares_the_kernels(tiny_run, cli):
+    pytest.importorskip("triton")
+    plan, points = read_plan(tiny_run / PLAN), read_plan(tiny_run / POINTS)
+    frames = json.loads((tiny_run / FILES["frames_info"]).read_text())["frames"]
+    most = max(row["points"] for row in frames if row["role"] == "calibration")
+    assert [(item.name, item.shape) for item in points.inputs] == [("points", (most * 5 // 4, 5)), ("count", (1,))]
+    assert points.outputs[0].shape == plan.outputs[0].shape
+    assert points.capacities == plan.capacities
+    images = {kernel.function: cubin for kernel, cubin in zip(plan.kernels, plan.cubins[87], strict=True)}
+    again = {kernel.function: cubin for kernel, cubin in zip(points.kernels, points.cubins[87], strict=True)}
+    assert again["kernels_conv.to_bev"] == images["kernels_conv.to_bev"]
+    assert set(again) - set(images) == {
+        "kernels_index.drop_far", "kernels_index.ring_cutoff", "kernels_points.enter_points",
+        "kernels_points.mean_features", "kernels_points.sum_points",
+    }  # fmt: skip
+    functions = [row["function"] for row in info_of(tiny_run)["kernels"]]
+    assert len(functions) == len(plan.kernels) + 6, "and a scan that leaves the count to the entry"
+    code, out, _ = cli("plan", "inspect", tiny_run, "--points", "--json")
+    assert (code, json.loads(out)["what"]) == (0, "3D plan from points")
 
 
 def test_capacities_are_those_of_the_calibration_frames_with_a_margin(tiny_run):
@@ -60,7 +82,7 @@ def test_the_node_names_the_plan_and_the_dense_one_has_none(tiny_run):
 
 
 def test_the_same_bytes_again(run_copy, tiny_frames):
-    before = {name: (run_copy / name).read_bytes() for name in (PLAN, INFO)}
+    before = {name: (run_copy / name).read_bytes() for name in (PLAN, POINTS, INFO)}
     plan3d.plan3d(context(run_copy, tiny_frames))
     assert info_of(run_copy)["reproducible"]
     assert {name: (run_copy / name).read_bytes() for name in before} == before
@@ -94,8 +116,9 @@ def test_what_cannot_be_planned_is_told_and_the_rest_is_built(run_copy, monkeypa
     monkeypatch.setattr(plan3d, "calibrated_plan", refuse)
     watch, reason = Noted(), "the grid has too many cells. Fix: use larger ones"
     rerun(run_copy, ("plan", "report"), watch=watch)
-    assert watch.notes == [f"no 3D plan: {reason}"]
+    assert watch.notes == [f"no 3D plan: {reason}", f"no 3D plan from points: {reason}"]
     assert not (run_copy / PLAN).exists()
+    assert not (run_copy / POINTS).exists()
     report = json.loads((run_copy / FILES["report"]).read_text())
     assert report["plan"] is None
     assert {"layer": "3D plan", "reason": reason} in report["skipped"]
@@ -111,7 +134,7 @@ def test_a_config_that_is_not_the_exported_one_is_refused_by_the_planner(run_cop
     assert config.read_text() != text
     run = context(run_copy, tiny_frames)
     plan3d.plan3d(run)
-    (row,) = info_of(run_copy)["skipped"]
+    row, _ = info_of(run_copy)["skipped"]
     assert "does not fit the backbone's grid (41, 128, 128)" in row["reason"]
 
 

@@ -198,16 +198,16 @@ def test_capacities_come_from_the_frames(backbone, coords):
         capacities_from([many], margin=0.5, max_voxels=10)
 
 
-def test_one_call_plans_a_file_for_its_calibration_frames(detector, coords, tmp_path):
-    exported(detector, tmp_path, 1000)
-    path, frame = tmp_path / "backbone3d.onnx", voxel_frame(detector, 1000)
-    plan = calibrated_plan(path, frame=frame, coords=[coords, coords[:9]], margin=2, capacities={"out": 7})
+def test_one_call_plans_for_calibration_frames(detector, coords, tmp_path):
+    backbone, frame = exported(detector, tmp_path, 1000), voxel_frame(detector, 1000)
+    told = {"frame": frame, "calibration": [frame_statistics(backbone, c, conv_rows=64) for c in (coords, coords[:9])]}
+    plan = calibrated_plan(backbone, margin=2, capacities={"out": 7}, **told)
     assert plan.capacities["input"] == 1000
     assert plan.capacities["out"] == 7
     assert plan.capacities["stage2_down"] % 64 == 0
     assert plan.meta["cost"]["frames"] == 2
     with pytest.raises(UsageError, match=r"no stage 'outer'.*'out'"):
-        calibrated_plan(path, frame=frame, coords=[coords], capacities={"outer": 7})
+        calibrated_plan(backbone, margin=2, capacities={"outer": 7}, **told)
 
 
 def test_sites_are_those_of_a_dense_mask(backbone, coords):
