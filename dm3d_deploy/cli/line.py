@@ -41,6 +41,10 @@ def build(
     profile: Annotated[
         str | None, typer.Option(help="Of --cost latency: a profile.json, or a device to estimate for.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="dm3d; or to hold against it uniform, erk, lamp, taylor, paper-eq13.")
+    ] = "dm3d",
+    recover: Annotated[str, typer.Option(help="none, bn or reconstruct: what is tried behind the masks.")] = "bn",
     checkpoint: Annotated[Path | None, typer.Option(help="OpenPCDet .pth, or .safetensors.")] = None,
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
     scope: Annotated[str, typer.Option(help="What the budget counts: backbone (3D + 2D) or model.")] = "backbone",
@@ -62,7 +66,8 @@ def build(
 
     goal = {} if target is None else goal_from_text(target)
     recipe = Recipe(
-        model=model, **goal, max_distortion=max_distortion, profile=profile,
+        model=model, **goal, max_distortion=max_distortion, profile=profile, method=method, recover=recover,
+        sketches=0 if method == "paper-eq13" else 2,
         cost=cost or ("latency" if "target_ms" in goal else "macs"),
         checkpoint=str(checkpoint) if checkpoint else None, frames=frames, scope=scope,
         patterns=patterns, device=device, precision=precision, calibration_frames=calibration_frames, seed=seed,

@@ -1,0 +1,115 @@
+"""DM3D against every baseline on frames that chose nothing: same frames, same gradients, same MACs, same recovery.
+
+`python -m benchmarks.baselines --model centerpoint-slim --out runs/baselines --table docs/measurements/baselines.md`.
+An interrupted run goes on where it stopped. `--recover reconstruct` measures both without and with recovery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from pathlib import Path
+
+from dm3d_deploy.compare import ComparedRun, RunComparison, compare
+from dm3d_deploy.device import stamp_here
+from dm3d_deploy.recipe import RECOVERIES, Recipe
+from dm3d_deploy.sweep import SWEPT, sweep
+
+OURS = "dm3d"
+BARS = {0.7: 0.5, 0.5: 0.5, 0.3: 0.8}  # of the best baseline, without recovery; with recovery DM3D is to be the best
+
+
+class Lines:
+    """Says when a stage ends."""
+
+    def started(self, stage: str, says: str) -> None:
+        pass
+
+    def advanced(self, done: int, total: int) -> None:
+        pass
+
+    def finished(self, stage: str, seconds: float, fresh: bool) -> None:
+        if not fresh:
+            print(f"{time.strftime('%H:%M:%S')}  {stage}", flush=True)
+
+    def noted(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def best_other(rows: list[ComparedRun], target: float, column: str) -> tuple[str, float] | None:
+    """The baseline of the least distortion at a target: its name and distortion."""
+    known = [(getattr(row, column), row.method) for row in rows if row.target == target and row.method != OURS]
+    known = [(value, name) for value, name in known if value is not None]
+    return (min(known)[1], min(known)[0]) if known else None
+
+
+def table(found: RunComparison, command: str, seconds: float) -> str:
+    """The measurement as a page."""
+    stamp = stamp_here()
+    rows = list(found.runs)
+    targets = sorted({row.target for row in rows if row.target is not None}, reverse=True)
+    kind = "simulated " if found.simulated else ""
+    lines = [
+        f"# {found.model}: distortion of DM3D and of the baselines at equal MACs",
+        "",
+        f"`{command}`, {datetime.date.today().isoformat()}, {stamp.cpu}, {seconds / 60:.0f} minutes beside other work.",
+        f"Mean over {len(found.frames)} {kind}held-out frames ({found.frames[0]} to {found.frames[-1]}) that chose",
+        "nothing; unstructured masks, budget over both backbones, 8 calibration frames. 0 is the dense output.",
+        "",
+    ]
+    for column, title in (("pruned", "Without recovery"), ("shipped", "With recovery, where it was accepted")):
+        if column == "shipped" and all(row.recover == "none" for row in rows):
+            continue
+        lines += [f"## {title}", "", "| method | " + " | ".join(f"R = {target:g}" for target in targets) + " |"]
+        lines.append("|---" * (len(targets) + 1) + "|")
+        name = "pruned" if column == "pruned" else "distortion"
+        for method in dict.fromkeys(row.method for row in rows):
+            cells = [getattr(row, name) for t in targets for row in rows if (row.method, row.target) == (method, t)]
+            lines.append(f"| {method} | " + " | ".join(f"{cell:.4g}" for cell in cells) + " |")
+        lines.append(f"| {OURS} over the best other | " + " | ".join(_held(rows, t, name) for t in targets) + " |")
+        lines.append("")
+    off = max(abs(row.kept_of_backbone - row.target) for row in rows if row.target is not None)
+    lines.append(f"Kept shares differ from their targets by {off:.2g} at most.")
+    return "\n".join(lines) + "\n"
+
+
+def _held(rows: list[ComparedRun], target: float, column: str) -> str:
+    ours = [getattr(row, column) for row in rows if (row.method, row.target) == (OURS, target)]
+    best = best_other(rows, target, column)
+    if not ours or best is None:
+        return "-"
+    bar = BARS.get(target, 1.0) if column == "pruned" else 1.0
+    ratio = ours[0] / best[1]
+    return f"{ratio:.2f} of {best[0]} (bar {bar:g}: {'met' if ratio <= bar else 'MISSED'})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="centerpoint-slim")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--targets", default="0.7,0.5,0.3")
+    parser.add_argument("--methods", default=",".join(SWEPT))
+    parser.add_argument("--recover", default="none", choices=RECOVERIES)
+    parser.add_argument("--held-out-frames", type=int, default=16)
+    given = parser.parse_args()
+    targets = [float(word) for word in given.targets.split(",")]
+    recipe = Recipe(
+        model=given.model, checkpoint=given.checkpoint, target=targets[0], patterns="unstructured",
+        recover=given.recover, held_out_frames=given.held_out_frames,
+    )  # fmt: skip
+    started = time.perf_counter()
+    points = sweep(recipe, targets=targets, methods=given.methods.split(","), out=given.out, watch=Lines())
+    found = compare(points, out=given.out)
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in vars(given).items()
+             if value is not None and name not in ("out", "table")]  # fmt: skip
+    page = table(found, " ".join(["python -m benchmarks.baselines", *words]), time.perf_counter() - started)
+    print(page)
+    if given.table is not None:
+        given.table.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
