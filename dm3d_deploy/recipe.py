@@ -26,6 +26,7 @@ class Recipe:
     device's name, else the one `device`). `candidates` allocations for a target are verified by a true forward.
     `model` is a name or a YAML path, `frames` is `simulated`, a file or a folder. Of the frames, `calibration_frames`
     rank and price the weights, `selection_frames` accept or refuse the recovery, `held_out_frames` only report.
+    Average precision is counted on `score_frames` simulated scenes beside them, 0 for none.
     `method` is DM3D or a baseline to hold it against; no `sketches` at all is the plain sum of paper-eq13.
     """
 
@@ -47,6 +48,7 @@ class Recipe:
     calibration_frames: int = 8
     selection_frames: int = 2
     held_out_frames: int = 4
+    score_frames: int = 12
     sketches: int = 2
     ratios: int = 100
     damping: float = 1.0
@@ -71,8 +73,8 @@ class Recipe:
         for name in ("calibration_frames", "held_out_frames", "ratios", "box_cells", "bench_repeats", "candidates"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}.", fix="give at least 1")
-        if self.selection_frames < 0 or self.seed < 0:
-            raise UsageError("selection_frames and seed cannot be negative.", fix="give 0 or more")
+        if min(self.selection_frames, self.score_frames, self.seed) < 0:
+            raise UsageError("selection_frames, score_frames and seed cannot be negative.", fix="give 0 or more")
         self._check_goal()
         self._check_method()
 

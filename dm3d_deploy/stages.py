@@ -41,6 +41,7 @@ FILES = {
     "verification": "work/verification.json",
     "dense_detections": "detections/dense.json",
     "pruned_detections": "detections/pruned.json",
+    "score": "work/score.json",
     "latency": "work/latency.json",
     "report": "report.json",
     "report_page": "report.html",
@@ -144,6 +145,11 @@ STAGES: tuple[Stage, ...] = (
                "bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d"),
         writes=("verification", "dense_detections", "pruned_detections"),
         recipe=("precision", "lambda_box", "lambda_score", "box_cells"),
+    ),
+    Stage(
+        name="score", says="count what pruning costs in detections", run="dm3d_deploy.steps.score:score",
+        reads=("model_config", "model_info", "dense_weights", "masks", "pruned_weights", "recovery"),
+        writes=("score",), recipe=("score_frames",),
     ),
     Stage(
         name="bench", says="measure latency here", run="dm3d_deploy.steps.deploy:bench",

@@ -53,6 +53,7 @@ def build(
     precision: Annotated[str, typer.Option(help="fp16 or fp32, of the BEV and head graph.")] = "fp16",
     out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/MODEL-TARGET.")] = None,
     calibration_frames: Annotated[int, typer.Option(help="Frames that rank and price the weights.")] = 8,
+    score_frames: Annotated[int, typer.Option(help="Simulated scenes that AP is counted on; 0 for none.")] = 12,
     seed: Annotated[int, typer.Option(help="Of simulated frames, sketches and untrained weights.")] = 0,
     first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Redo from this stage on.")] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop behind this stage.")] = None,
@@ -70,7 +71,8 @@ def build(
         sketches=0 if method == "paper-eq13" else 2,
         cost=cost or ("latency" if "target_ms" in goal else "macs"),
         checkpoint=str(checkpoint) if checkpoint else None, frames=frames, scope=scope,
-        patterns=patterns, device=device, precision=precision, calibration_frames=calibration_frames, seed=seed,
+        patterns=patterns, device=device, precision=precision, calibration_frames=calibration_frames,
+        score_frames=score_frames, seed=seed,
     )  # fmt: skip
     root = out if out is not None else builder.default_out(recipe)
     if dry_run:

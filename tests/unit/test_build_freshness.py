@@ -51,6 +51,7 @@ def test_a_dry_run_touches_no_file(tiny_run, tiny_frames, tmp_path):
         ({"damping": 0.5}, "gradients"),  # dropped after use, and needed again
         ({"patterns": "unstructured"}, "allocate"),
         ({"precision": "fp32"}, "export"),
+        ({"score_frames": 3}, "score"),
     ],
 )
 def test_a_changed_setting_is_first_felt_by_the_stage_that_reads_it(tiny_run, tiny_frames, changes, first):
