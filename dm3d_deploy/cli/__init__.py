@@ -4,6 +4,9 @@
 from dm3d_deploy.cli import line  # noqa: F401
 
 # isort: split
+from dm3d_deploy.cli import profile  # noqa: F401
+
+# isort: split
 from dm3d_deploy.cli import study  # noqa: F401
 
 # isort: split

@@ -52,7 +52,7 @@ def estimated_profile(
         stamp={
             "device": device.platform,
             "clock": "not reported" if device.clock_ghz is None else f"{device.clock_ghz:g} GHz",
-            "figures": f"{figures.multiprocessors} SM, {figures.tflops['fp16']:g} TFLOPS fp16, {figures.gb_per_s:g} GB/s",
+            "figures": f"{figures.multiprocessors} SM, {figures.tflops['fp16']:g} TFLOPS, {figures.gb_per_s:g} GB/s",
             "standing of the figures": str(device.standing),
         },
         notes=NOTES,

@@ -146,8 +146,8 @@ def check_model(profile: Profile, layers: Sequence[Layer], model: str) -> None:
         if ours.get(name) != theirs.get(name):
             here, there = (_shown(side.get(name)) for side in (ours, theirs))
             raise UsageError(
-                f"the profile is of '{profile.model}', the build of '{model}': {name} is {there} there and {here} here.",
-                fix=f"dm3d-deploy profile --model {model} --device {profile.device if ' ' not in profile.device else 'here'}",
+                f"the profile is of '{profile.model}', the build of '{model}': {name} is {there} there, {here} here.",
+                fix=f"dm3d-deploy profile --model {model} writes one that fits",
             )
 
 
