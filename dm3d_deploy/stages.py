@@ -160,7 +160,7 @@ STAGES: tuple[Stage, ...] = (
         name="report", says="write the report", run="dm3d_deploy.steps.report:report",
         reads=("model_config", "model_info", "frames", "frames_info", "layers", "allocation", "masks_info", "recovery",
                "export_info", "plan", "plan_info", "engines_info", "output_scale", "verification", "dense_detections",
-               "pruned_detections", "latency"),
+               "pruned_detections", "score", "latency"),
         writes=("report", "report_page"),
         recipe=("target", "target_ms", "max_distortion", "cost", "scope", "patterns", "device", "precision"),
         reproducible=False,

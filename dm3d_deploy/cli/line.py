@@ -29,12 +29,8 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel=FOREGROUND)
 def build(
     model: Annotated[str, typer.Option(help="A model's name, or an OpenPCDet YAML.")],
-    target: Annotated[
-        str | None, typer.Option(help="Share of the cost to keep, in (0, 1], or a time of the network: 25ms.")
-    ] = None,
-    max_distortion: Annotated[
-        float | None, typer.Option(help="Instead of --target: the cheapest within this distortion.")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help="Share of the cost to keep, in (0, 1], or a time: 25ms.")] = None,
+    max_distortion: Annotated[float | None, typer.Option(help="Or: the cheapest within this distortion.")] = None,
     cost: Annotated[
         str | None, typer.Option(help="macs, executed or latency [default: latency for a time, else macs].")
     ] = None,

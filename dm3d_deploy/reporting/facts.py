@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dm3d_deploy.reporting.ap_section import ap_sentence
+
 REFERENCE_VARIANT = "dense"
 TOTAL_STAGE = "total"
 PART_TITLES = {"3d": "3D backbone", "2d": "2D backbone", "head": "Head"}
@@ -275,5 +277,5 @@ def verdict_sentence(report: Mapping[str, Any]) -> str:
     )
     return (
         f"{reason}{untrained}{report['model']['name']} {kept}; "
-        f"{_sentence_of_cost(report)}; {_sentence_of_time(report)}."
+        f"{_sentence_of_cost(report)}; {ap_sentence(report)}{_sentence_of_time(report)}."
     )

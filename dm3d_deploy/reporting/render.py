@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dm3d_deploy.reporting import charts, facts
-from dm3d_deploy.reporting.schema import PARTS, validate_report
+from dm3d_deploy.reporting import ap_section, charts, facts
+from dm3d_deploy.reporting.kinds import PARTS
+from dm3d_deploy.reporting.schema import validate_report
 
 HERE = Path(__file__).resolve().parent
 UNSTEADY_VARIATION = 0.025  # trtexec warns from here on
@@ -34,6 +35,10 @@ def render_html(report: Mapping[str, Any]) -> str:
         ms=facts.milliseconds,
         seconds=facts.duration,
         sig=_significant_or_dash,
+        ap=ap_section.points,
+        signed=ap_section.signed,
+        shipped=ap_section.shipped_percent,
+        interval=ap_section.interval,
         grouped=lambda value: f"{value:,}",
     )
     return environment.get_template("report.html.j2").render(_context(report))
@@ -58,6 +63,9 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "distortion": distortion,
         "distortion_how": how,
         "headline": facts.headline_pair(report),
+        "ap_means": ap_section.known_means(report),
+        "ap_rows": ap_section.ap_rows(report),
+        "ap_ranges": ap_section.range_names(report),
         "latency": _latency_tables(report),
         "planned": facts.planned_rows(report),
         "parity": _parity_groups(report),

@@ -3,73 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dm3d_deploy.errors import InternalError
+from dm3d_deploy.reporting.kinds import (
+    AMOUNT,
+    COUNT,
+    FLAG,
+    NUMBER,
+    PART,
+    PARTS,
+    PERCENT,
+    PNG,
+    ROUNDING,
+    SHA256,
+    SHARE,
+    TEXT,
+    WORDS,
+    ListOf,
+    MapOf,
+    Nullable,
+    Scalar,
+)
 
 SCHEMA_VERSION = 2
-PARTS = ("3d", "2d", "head")
-PNG_IN_BASE64 = "iVBORw0KGgo"
 STAMP = ("device", "power_mode", "clocks")
-ROUNDING = 1e-6
 
-
-@dataclass(frozen=True, slots=True)
-class Scalar:
-    """One plain value: what to call it, and the question it must answer with yes."""
-
-    name: str
-    accepts: Callable[[Any], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class ListOf:
-    """Any number of values of one shape."""
-
-    item: Any
-
-
-@dataclass(frozen=True, slots=True)
-class MapOf:
-    """A mapping whose keys are free text, or one of `keys`."""
-
-    item: Any
-    keys: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Nullable:
-    """A value, or null where it was not looked for or is not known."""
-
-    item: Any
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-TEXT = Scalar("text", lambda value: isinstance(value, str))
-WORDS = Scalar("text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
-FLAG = Scalar("true or false", lambda value: isinstance(value, bool))
-COUNT = Scalar("a whole number >= 0", _is_count)
-NUMBER = Scalar("a finite number", _is_number)
-AMOUNT = Scalar("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
-SHARE = Scalar("a share between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1 + ROUNDING)
-PART = Scalar("one of " + ", ".join(PARTS), lambda value: isinstance(value, str) and value in PARTS)
-VERSION = Scalar(f"the schema version {SCHEMA_VERSION}", lambda value: _is_count(value) and value == SCHEMA_VERSION)
-SHA256 = Scalar(
-    "64 lower-case hexadecimal digits",
-    lambda value: isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"),
-)
-PNG = Scalar("a PNG in base64", lambda value: isinstance(value, str) and value.startswith(PNG_IN_BASE64))
+VERSION = Scalar(f"the schema version {SCHEMA_VERSION}", lambda value: COUNT.accepts(value) and value == SCHEMA_VERSION)
 
 MACS = {"dense": AMOUNT, "kept": AMOUNT, "executed": AMOUNT}
+AP = {
+    "objects": COUNT,
+    **{f"{variant}_percent": Nullable(PERCENT) for variant in ("dense", "masked", "recovered")},
+    **{f"{kind}_points": Nullable(NUMBER) for kind in ("change", "change_low", "change_high")},
+}
 
 SCHEMA: dict[str, Any] = {
     "schema": VERSION,
@@ -136,6 +104,14 @@ SCHEMA: dict[str, Any] = {
             ),
         }
     ),
+    "ap": {
+        "none_because": Nullable(WORDS),
+        "data": Nullable(WORDS),
+        "measure": Nullable(WORDS),
+        "means": ListOf({"name": WORDS, "classes": ListOf(WORDS), **AP}),
+        "classes": ListOf({"name": WORDS, "subset": WORDS, "vulnerable": FLAG, **AP}),
+        "notes": ListOf(WORDS),
+    },
     "layers": ListOf(
         {
             "name": WORDS,
@@ -285,6 +261,7 @@ def validate_report(data: Any) -> None:
     _check_macs(data)
     _check_words(data)
     _check_evidence(data)
+    _check_ap(data)
 
 
 def _refuse(path: str, what: str) -> InternalError:
@@ -354,8 +331,20 @@ def _check_words(data: Mapping[str, Any]) -> None:
     if not data["model"]["trained"] and "UNTRAINED" not in sentence:
         raise _refuse("verdict.sentence", "the weights are untrained and the sentence does not say UNTRAINED")
     frames = data["frames"]
-    if (frames["simulated"] or frames["held_out_simulated"]) and "simulated" not in sentence.lower():
+    seen = frames["simulated"] or frames["held_out_simulated"] or data["ap"]["data"] is not None
+    if seen and "simulated" not in sentence.lower():
         raise _refuse("verdict.sentence", "the frames are simulated and the sentence does not say so")
+
+
+def _check_ap(data: Mapping[str, Any]) -> None:
+    """AP with what it was counted on and how, or the reason why there is none; never both, never neither."""
+    ap = data["ap"]
+    given = [ap["data"] is not None, ap["measure"] is not None, bool(ap["means"]), bool(ap["classes"])]
+    if set(given) != {ap["none_because"] is None}:
+        raise _refuse("ap", "it must hold AP or the reason why there is none")
+    for row in (*ap["means"], *ap["classes"]):
+        if (row["dense_percent"] is None) != (row["objects"] == 0):
+            raise _refuse("ap", f"{row['name']}: {row['objects']} objects and an AP of {row['dense_percent']}")
 
 
 def _check_evidence(data: Mapping[str, Any]) -> None:

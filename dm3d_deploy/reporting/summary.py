@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dm3d_deploy.reporting import facts
+from dm3d_deploy.reporting.ap_section import ap_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,7 +73,7 @@ def _macs(report: Mapping[str, Any]) -> Table:
 
 
 def _findings(report: Mapping[str, Any]) -> Table:
-    """One line for each of: budget, distortion, comparisons, detections, engines."""
+    """One line for each of: budget, distortion, AP, comparisons, detections, engines."""
     from rich.table import Table
     from rich.text import Text
 
@@ -87,6 +88,7 @@ def _findings(report: Mapping[str, Any]) -> Table:
         ("goal", f"{budget['goal']}, cost {budget['cost']}"),
         ("reached", f"{facts.percent(budget['kept'])} kept, {facts.percent(budget['executed'])} executed of the scope"),
         ("distortion", ", ".join(parts) + simulated),
+        ("AP", ap_line(report)),
     ]
     if report["planned_time"] is not None:
         rows.insert(2, ("planned time", facts.planned_words(report)))

@@ -86,7 +86,7 @@ def gather(run: RunContext) -> dict[str, Any]:
         kind: json.loads(run.path(kind).read_text(encoding="utf-8"))
         for kind in (
             "model_info", "frames_info", "layers", "allocation", "masks_info", "recovery", "export_info", "plan_info",
-            "engines_info", "verification", "latency", "output_scale",
+            "engines_info", "verification", "score", "latency", "output_scale",
         )
     }  # fmt: skip
     parts = _macs_by_part(found)
@@ -102,6 +102,7 @@ def gather(run: RunContext) -> dict[str, Any]:
         "macs": {**total, "by_part": parts},
         "distortion": _distortion(found),
         "recovery": _recovery(run, found["recovery"]),
+        "ap": found["score"],
         "layers": _layers(run.recipe, found),
         "skipped": [row for kind in ("allocation", "plan_info", "engines_info") for row in found[kind]["skipped"]],
         "parity": found["verification"]["parity"],

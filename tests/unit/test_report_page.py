@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.reporting import charts
+from dm3d_deploy.reporting.ap_section import NOTHING
 from dm3d_deploy.reporting.facts import verdict_sentence
 from dm3d_deploy.reporting.render import render_html
 from dm3d_deploy.reporting.summary import summary_lines
@@ -107,9 +108,9 @@ def test_ids_are_unique_and_every_reference_is_met(html: str) -> None:
 
 
 def test_sections_come_in_the_order_of_issue(html: str) -> None:
-    sections = ["macs", "allocation", "distortion", "layers", "parity", "latency", "engines", "plan", "detections"]
+    sections = ["macs", "allocation", "distortion", "ap", "layers", "parity", "latency", "engines", "plan"]
     found = re.findall(r'<section id="(\w+)">', html)
-    assert found == [*sections, "provenance"]
+    assert found == [*sections, "detections", "provenance"]
 
 
 def test_the_verdict_is_the_first_and_the_last_thing(html: str) -> None:
@@ -138,6 +139,32 @@ def test_numbers_say_how_they_are_known(html: str) -> None:
     assert "unsteady" in text
     real = Page(render_html(sample_report(trained=True, simulated=False))).text
     assert not re.search("untrained|simulated frames", real, re.IGNORECASE)
+
+
+def test_vulnerable_road_users_come_first_and_the_scenes_are_called_simulated(html: str) -> None:
+    text = Page(html[html.index('<section id="ap">') : html.index('<section id="layers">')]).text
+    assert "The scenes are simulated; no sensor recorded them." in text
+    words = ("Mean, vulnerable road users", "Mean, all classes", "pedestrian 81", "car 280")
+    places = [text.index(word) for word in words]
+    assert places == sorted(places)
+    assert "119 61.4 52.2 59.9 -1.5 -3.0 to -0.3" in text
+    assert f"0 {NOTHING}→{NOTHING}" in text  # no bicycle beyond 30 m
+    told = "on simulated scenes the AP of vulnerable road users is 59.9 % instead of 61.4 %, of all classes is 62.8 %"
+    assert told in Page(html).text
+    shown = " ".join(terminal(sample_report(), width=300).split())
+    assert "vulnerable road users 61.4 → 59.9 % (-1.5, 95 % -3.0 to -0.3); all classes 64.0 → 62.8 %" in shown
+
+
+def test_without_ap_the_reason_stands_in_its_place() -> None:
+    report = sample_report()
+    report["ap"] = {
+        "none_because": "the weights are UNTRAINED.", "data": None, "measure": None, "means": [], "classes": [],
+        "notes": [],
+    }  # fmt: skip
+    report["verdict"]["sentence"] = verdict_sentence(report)
+    assert " AP " not in report["verdict"]["sentence"]
+    assert "No average precision: the weights are UNTRAINED." in Page(render_html(report)).text
+    assert "none: the weights are UNTRAINED." in " ".join(terminal(report, width=200).split())
 
 
 def test_estimates_are_called_estimates() -> None:
