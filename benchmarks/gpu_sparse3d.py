@@ -30,6 +30,7 @@ import engines
 from calib.readers import read_points
 from calib.simulator import simulate_frame
 from dm3d_deploy.config import load_config
+from dm3d_deploy.device import DEVICES
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.models.backbone3d import bev_from_sparse
 from dm3d_deploy.models.detector import Detector, build_detector
@@ -216,7 +217,20 @@ def measure(voxels: Voxels, sm: int, repeats: int) -> Iterator[dict[str, Any]]:
         row |= {"launches": len(plan.steps), "workspace_mib": round(plan.workspace_bytes / 2**20, 1)}
         row |= {"moved_mb": round(moved / 1e6, 1), "gflop": round(2 * cost["multiplications"] / 1e9, 2)}
         row |= {"gb_per_s": round(moved / row["p50_ms"] / 1e6), "tflop_per_s": round(row["gflop"] / row["p50_ms"], 2)}
-        yield row
+        yield row | floors_ms(moved, row["gflop"], sm)
+
+
+def floors_ms(moved_bytes: int, gflop: float, sm: int) -> dict[str, float | str]:
+    """The least time for these bytes and these operations, at the peaks of the device table where it has this SM."""
+    peaks = [device for device in DEVICES if device.sm == f"sm_{sm}" and device.gb_per_s and device.fp16_tflops]
+    if not peaks:
+        return {"floors": f"no peaks are known for sm_{sm}"}
+    peak = peaks[0]
+    return {
+        "peaks of": peak.name,
+        "bytes_floor_ms": round(moved_bytes / (peak.gb_per_s or 1) / 1e6, 4),
+        "flops_floor_ms": round(gflop / (peak.fp16_tflops or 1), 4),
+    }
 
 
 def measure_spconv(voxels: Voxels, repeats: int) -> dict[str, Any] | str:

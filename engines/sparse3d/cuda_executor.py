@@ -107,6 +107,8 @@ class CudaPlan:
 
     def times_ms(self, repeats: int, *, warm_up: int = 50) -> np.ndarray:
         """Milliseconds of `repeats` launches of the whole plan as one CUDA graph, by events around each."""
+        self.enqueue()  # the driver may load kernels at their first launch, which a capture forbids
+        self._call("cuStreamSynchronize", self.stream)
         graph, ready = Handle(), Handle()
         self._call("cuStreamBeginCapture_v2", self.stream, ctypes.c_int(GLOBAL_CAPTURE))
         self.enqueue()
@@ -124,6 +126,8 @@ class CudaPlan:
             took = ctypes.c_float()
             self._call("cuEventElapsedTime", ctypes.byref(took), start, end)
             times.append(took.value)
+        for event in (start, end):
+            self._call("cuEventDestroy_v2", event)
         self._call("cuGraphExecDestroy", ready)
         self._call("cuGraphDestroy", graph)
         return np.array(times[warm_up:])

@@ -104,6 +104,17 @@ def test_a_planned_backbone_is_launched_as_the_interpreter_does(driver, tmp_path
     assert allocated == freed
 
 
+def test_times_are_those_of_a_graph_that_was_warm_when_it_was_captured(driver, tmp_path):
+    plan = sample_with_cubins(87)
+    with CudaPlan(plan, library=driver) as cuda:
+        times = cuda.times_ms(7, warm_up=3)
+    assert times.tolist() == [1.0] * 7
+    words = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
+    steps = ["launch" if hasattr(step, "kernel") else "memset" for step in plan.steps]
+    told = [word for word in words if word in ("launch", "memset", "capture", "captured", "graph")]
+    assert told == [*steps, "capture", *steps, "captured", *["graph"] * 10]
+
+
 def test_a_plan_for_another_gpu_is_refused(driver):
     with pytest.raises(EngineError, match="this GPU is sm_87 and the plan is compiled for sm_110"):
         CudaPlan(with_images(sample_plan(), 110), library=driver)
