@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from jaxtyping import Int64
 
@@ -9,6 +11,8 @@ from calib.simulator.frame import SimulatedFrame
 from calib.simulator.objects import CLASS_NAMES
 from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.errors import UsageError
+from dm3d_deploy.evaluation.kitti import KITTI_TYPE
+from dm3d_deploy.evaluation.once import ONCE_CLASS
 from dm3d_deploy.geometry.boxes import select_boxes
 from dm3d_deploy.pointcloud import Boxes3D
 
@@ -23,16 +27,23 @@ FIRST_SCORE_SEED = 1_000_900_000
 def model_labels(config: DetectorConfig) -> Int64[np.ndarray, " classes"]:
     """For each class of the simulator its label in the model, -1 where the model does not know it.
 
-    Raises UsageError for a model with a class that the simulator does not draw.
+    For a model in KITTI's or ONCE's words the classes are those of the metrics: bicycles are Cyclist, in ONCE
+    motorcycles too. Raises UsageError for a model with a class that the simulator does not draw.
     """
-    strange = [name for name in config.class_names if name not in CLASS_NAMES]
+    words = {name: name if name in config.class_names else _words(config).get(name, "") for name in CLASS_NAMES}
+    strange = [name for name in config.class_names if name not in words.values()]
     if strange:
         raise UsageError(
             f"{config.name} detects {', '.join(strange)}, which no simulated scene holds.",
             fix=f"use a model of {', '.join(CLASS_NAMES)}",
         )
     known = {name: label for label, name in enumerate(config.class_names)}
-    return np.array([known.get(name, -1) for name in CLASS_NAMES], dtype=np.int64)
+    return np.array([known.get(words[name], -1) for name in CLASS_NAMES], dtype=np.int64)
+
+
+def _words(config: DetectorConfig) -> Mapping[str, str]:
+    """What the data set of a model calls the simulator's classes."""
+    return {"KittiDataset": KITTI_TYPE, "ONCEDataset": ONCE_CLASS}.get(config.dataset, {})
 
 
 def seen_objects(

@@ -27,6 +27,7 @@ from engines.sparse3d.shapes import DEVICE
 from engines.sparse3d.sites import frame_statistics
 
 MARGIN = 1.25  # of rows over the fullest calibration frame
+PILLARS = "pillars have no 3D backbone; ONNX Runtime runs their point network (onnx/backbone3d.onnx)"
 VEHICLES = "orin,rtx4090,thor-jp7,rtx5090"
 NOTHING_COMPILED: dict[str, Any] = {
     "triton": None, "standing": NOT_COMPILED, "reproducible": True, "targets": {}, "kernels": [],
@@ -79,6 +80,9 @@ def _neutral_plans(run: RunContext, skipped: list[dict[str, str]]) -> dict[str, 
         skipped.append({"layer": PLANS[name], "reason": str(error)})
         run.watch.noted(f"no {PLANS[name]}: {error}")
 
+    if load_config(run.path("model_config")).pillars is not None:
+        skipped += [{"layer": name, "reason": PILLARS} for name in PLANS.values()]
+        return plans
     try:
         backbone = read_backbone(run.path("backbone3d"))
     except EngineError as error:  # what the 3D engine cannot run, ONNX Runtime can

@@ -187,8 +187,9 @@ def test_state_dict_is_that_of_openpcdet(case, shared):
 
 
 def test_every_anchor_decodes_to_the_box_of_openpcdet(case):
-    if "b.batch_box_preds@value" not in case.oracle:
-        pytest.skip("this head has no anchors")
+    if case.name == "centerpoint-pillar":
+        assert "b.batch_box_preds@value" not in case.oracle
+        return
     config, oracle = case.detector.config, case.oracle
     assert oracle["b.batch_box_preds@shape"][1] == np.prod(case.maps["0.cls"].shape[2:]) * config.head.per_cell
     anchor, column = np.divmod(oracle["b.batch_box_preds@index"], 7)
