@@ -14,7 +14,7 @@ PATTERNS = ("auto", "unstructured")
 PRECISIONS = ("fp16", "fp32")
 COSTS = ("macs", "executed", "latency")
 METHODS = ("dm3d", "uniform", "erk", "lamp", "taylor", "paper-eq13")
-RECOVERIES = ("none", "bn", "reconstruct")
+RECOVERIES = ("none", "bn", "reconstruct", "distill")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,8 @@ class Recipe:
     patterns: str = "auto"
     device: str = "auto"
     precision: str = "fp16"
-    recover: str = "bn"
+    recover: str = "reconstruct"
+    distill_steps: int = 500
     calibration_frames: int = 8
     selection_frames: int = 2
     held_out_frames: int = 4
@@ -70,7 +71,8 @@ class Recipe:
         ):
             if value not in known:
                 raise UsageError(f"--{name} {value} is unknown.", fix=nearest(value, known))
-        for name in ("calibration_frames", "held_out_frames", "ratios", "box_cells", "bench_repeats", "candidates"):
+        counts = ("ratios", "box_cells", "bench_repeats", "candidates", "distill_steps")
+        for name in ("calibration_frames", "held_out_frames", *counts):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}.", fix="give at least 1")
         if min(self.selection_frames, self.score_frames, self.seed) < 0:

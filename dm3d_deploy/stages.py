@@ -122,7 +122,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="recover", says="make good what pruning broke", run="dm3d_deploy.steps.recover:recover",
         reads=("model_config", "dense_weights", "masks", "frames", "frames_info", "output_scale"),
-        writes=("pruned_weights", "recovery"), recipe=("recover", "lambda_box", "lambda_score", "box_cells", "seed"),
+        writes=("pruned_weights", "recovery"),
+        recipe=("recover", "distill_steps", "lambda_box", "lambda_score", "box_cells", "seed"),
     ),
     Stage(
         name="export", says="write ONNX", run="dm3d_deploy.steps.deploy:export",

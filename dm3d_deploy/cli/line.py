@@ -40,7 +40,10 @@ def build(
     method: Annotated[
         str, typer.Option(help="dm3d; or to hold against it uniform, erk, lamp, taylor, paper-eq13.")
     ] = "dm3d",
-    recover: Annotated[str, typer.Option(help="none, bn or reconstruct: what is tried behind the masks.")] = "bn",
+    recover: Annotated[
+        str, typer.Option(help="none, bn, reconstruct or distill: tried behind the masks.")
+    ] = "reconstruct",
+    distill_steps: Annotated[int, typer.Option(help="Of --recover distill: steps on simulated crops.")] = 500,
     checkpoint: Annotated[Path | None, typer.Option(help="OpenPCDet .pth, or .safetensors.")] = None,
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
     scope: Annotated[str, typer.Option(help="What the budget counts: backbone (3D + 2D) or model.")] = "backbone",
@@ -64,7 +67,7 @@ def build(
     goal = {} if target is None else goal_from_text(target)
     recipe = Recipe(
         model=model, **goal, max_distortion=max_distortion, profile=profile, method=method, recover=recover,
-        sketches=0 if method == "paper-eq13" else 2,
+        sketches=0 if method == "paper-eq13" else 2, distill_steps=distill_steps,
         cost=cost or ("latency" if "target_ms" in goal else "macs"),
         checkpoint=str(checkpoint) if checkpoint else None, frames=frames, scope=scope,
         patterns=patterns, device=device, precision=precision, calibration_frames=calibration_frames,

@@ -6,6 +6,8 @@ kept weights are chosen anew, so that the layer's output on calibration inputs c
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,13 +73,17 @@ def refit(
     ridge = damping * max(float(np.trace(gram)) / len(gram), np.finfo(np.float32).tiny)
     found = np.where(keep, weight.astype(np.float64), 0.0)
     masks, group_of = np.unique(keep, axis=1, return_inverse=True)
-    for group, mask in enumerate(masks.T):
-        kept, columns = np.flatnonzero(mask), np.flatnonzero(group_of.ravel() == group)
+
+    def solve(group: int) -> None:
+        kept, columns = np.flatnonzero(masks[:, group]), np.flatnonzero(group_of.ravel() == group)
         if not len(kept):
-            continue
+            return
         square = gram[np.ix_(kept, kept)]
         start = found[np.ix_(kept, columns)]
         wanted = cross[np.ix_(kept, columns)] - square @ start
         square[np.diag_indices(len(kept))] += ridge
         found[np.ix_(kept, columns)] = start + np.linalg.solve(square, wanted)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # groups do not touch each other, so no order shows
+        list(pool.map(solve, range(masks.shape[1])))
     return Refit(weight=found, offset=mean_y - mean_x @ found)

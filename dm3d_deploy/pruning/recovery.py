@@ -12,7 +12,12 @@ from jaxtyping import Float
 from dm3d_deploy.errors import InternalError
 
 # What `recover` in a recipe means: the steps, in order, each judged on its own.
-STEPS_OF: dict[str, tuple[str, ...]] = {"none": (), "bn": ("bn",), "reconstruct": ("reconstruct", "bn")}
+STEPS_OF: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "bn": ("bn",),
+    "reconstruct": ("reconstruct",),
+    "distill": ("reconstruct", "distill"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,21 +6,31 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file, save
 
 from dm3d_deploy.artifacts import write_bytes, write_json
+from dm3d_deploy.config import load_config
 from dm3d_deploy.pruning.recovery import STEPS_OF, Acceptance, judge, mean_statistics
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.frame_work import Maps, Pieces, distortions, frame_job, frames_of, outputs_of
+
+if TYPE_CHECKING:
+    from dm3d_deploy.training.batch import Batch
 
 State = dict[str, np.ndarray]
 
 ROWS_PER_INPUT = 8
 DAMPING = 0.01
-TITLES = {"bn": "batch-norm re-estimation", "reconstruct": "layer-wise reconstruction"}
+TITLES = {
+    "bn": "batch-norm re-estimation",
+    "reconstruct": "layer-wise reconstruction",
+    "distill": "label-free distillation",
+}
+CROPS = 2
+DISTILL_RATE = 2e-4  # a tenth of the rate that trained the dense weights
 
 
 def recover(run: RunContext) -> None:
@@ -72,7 +82,7 @@ class _Trials:
     def __init__(self, run: RunContext, selection: tuple[int, ...], steps: tuple[str, ...]) -> None:
         self.run, self.selection = run, selection
         self.calibration = frames_of(run, "calibration")
-        work = {"bn": len(self.calibration), "reconstruct": 1}
+        work = {"bn": len(self.calibration), "reconstruct": 1, "distill": run.recipe.distill_steps}
         self.pieces = Pieces(run, (2 + len(steps)) * len(selection) + sum(work[step] for step in steps))
         self.path = run.root / "work" / ".trial.safetensors"
         self.dense = self._outputs(run.path("dense_weights"))
@@ -131,7 +141,42 @@ def _reconstruction(run: RunContext, state: State, trials: _Trials) -> State:
     return {**state, **trials.job("reconstruction", trials.calibration[:1], state, settings)[0]}
 
 
+def _distillation(run: RunContext, state: State, trials: _Trials) -> State:
+    """On simulated crops; in one thread, so that a recipe gives the same bits on any number of cores."""
+    import torch
+
+    from calib.training_frames import SimulatedCrops
+    from dm3d_deploy.models.checkpoints import load_checkpoint
+    from dm3d_deploy.models.detector import build_detector
+    from dm3d_deploy.training.distill import distil
+    from dm3d_deploy.training.loop import TrainSettings
+    from dm3d_deploy.training.schedule import OneCycle
+
+    config, steps = load_config(run.path("model_config")), run.recipe.distill_steps
+    student, teacher = build_detector(config), build_detector(config)
+    trials.write(state)
+    load_checkpoint(student, trials.path)
+    load_checkpoint(teacher, run.path("dense_weights"))
+    crops = SimulatedCrops(config, seed=run.recipe.seed, crops=CROPS)
+
+    def batch_of(step: int) -> Batch:
+        trials.pieces.done(min(step, steps))
+        return crops(step)
+
+    settings = TrainSettings(steps=steps, cycle=OneCycle(peak_rate=DISTILL_RATE), half_2d=False)
+    folder, threads = run.root / "work" / ".distillation", torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        distil(student, teacher, batch_of, settings, out=folder, masks=load_file(run.path("masks")))
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(folder, ignore_errors=True)
+    trials.pieces.next_job(steps)
+    return {name: value.numpy() for name, value in student.state_dict().items()}
+
+
 _MAKERS: dict[str, Callable[[RunContext, State, _Trials], State]] = {
     "bn": _batch_norm,
     "reconstruct": _reconstruction,
+    "distill": _distillation,
 }

@@ -76,10 +76,8 @@ def test_recovery_tells_each_step(swept):
     _, points, _ = swept
     for point in points:
         told = json.loads((point / "work" / "recovery.json").read_text())
-        assert [step["method"] for step in told["steps"]] == ["layer-wise reconstruction", "batch-norm re-estimation"]
+        assert [step["method"] for step in told["steps"]] == ["layer-wise reconstruction"]
         assert told["accepted"] == any(step["accepted"] for step in told["steps"])
-        first, second = told["steps"]
-        assert second["before"] == (first["after"] if first["accepted"] else first["before"])
         assert set(json.loads((point / "work" / "recovery_seconds.json").read_text())) == {
             step["method"] for step in told["steps"]
         }
