@@ -78,21 +78,30 @@ class LabelledFolder:
     def read(self, name: str) -> DatasetFrame:
         """One frame. Raises FrameError for points and UsageError for labels that cannot be read."""
         path = self.paths[name]
-        with path.open("rb") as file:
-            start = file.read(4)
-        for mark, what in IMAGES.items():
-            if start.startswith(mark):
-                raise FrameError(f"{path} is {what}, not points.", fix=f"put the LiDAR frames into {POINTS}")
+        refuse_image(path)
         cloud = read_points(path, columns=self.info.columns if self.info else None)
-        camera = read_camera(self.root / CALIB / f"{name}.txt")
-        known = (*KITTI_TYPES, *OTHER_TYPES, *(self.info.classes if self.info else ()))
-        truth = read_labels(self.root / LABELS / f"{name}.txt", camera, known)
+        camera, truth = self.read_truth(name)
         if self.info is None:
             counts = points_in_boxes(cloud.points[:, :3], truth.boxes).sum(axis=1)
         else:
             counts, truth = _with_objects(truth, self.root / OBJECTS / f"{name}.json")
         labels = FrameLabels(truth=truth, num_points=counts, camera=camera, all_around=self.info is not None)
         return DatasetFrame(name=name, cloud=cloud, labels=labels)
+
+    def read_truth(self, name: str) -> tuple[Camera, KittiTruth]:
+        """Camera and labels of one frame, its points left alone."""
+        camera = read_camera(self.root / CALIB / f"{name}.txt")
+        known = (*KITTI_TYPES, *OTHER_TYPES, *(self.info.classes if self.info else ()))
+        return camera, read_labels(self.root / LABELS / f"{name}.txt", camera, known)
+
+
+def refuse_image(path: Path) -> None:
+    """Raise FrameError for a picture that was put where points should be, whatever its ending."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    for mark, what in IMAGES.items():
+        if start.startswith(mark):
+            raise FrameError(f"{path} is {what}, not points.", fix=f"put the LiDAR frames into {POINTS}")
 
 
 def open_dataset(path: str | Path, names: Sequence[str] | None = None) -> LabelledFolder:

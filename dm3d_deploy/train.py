@@ -1,123 +1,99 @@
-"""Train a detector on simulated scenes, in one or more processes of one thread each."""
+"""Train, fine-tune or distil a detector, in one or more processes."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dm3d_deploy.artifacts import write_json
-from dm3d_deploy.config import DetectorConfig, load_config
-from dm3d_deploy.errors import Dm3dError, StaleArtifact, UsageError, require
+from dm3d_deploy.errors import Dm3dError, require
+from dm3d_deploy.train_plan import MASKED_SHARE, PEAK_RATE, SIMULATED, TrainPlan
 
 if TYPE_CHECKING:
-    from dm3d_deploy.training.checkpoint import Progress
+    from dm3d_deploy.train_job import Place, TrainJob
     from dm3d_deploy.training.log import Report
-    from dm3d_deploy.training.loop import TrainSettings
-
-PROCESSES = 2
-PLAN_NAME = "plan.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainPlan:
-    """Everything that decides a training but the machine: processes see other frames, so their number counts too."""
-
-    model: str
-    out: str
-    minutes: float | None
-    steps: int | None
-    init: str | None
-    resume: bool
-    seed: int
-    processes: int
-    crops: int
-    peak_rate: float
 
 
 def train(
     model: str,
     *,
     out: Path | str,
+    data: Path | str = SIMULATED,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     init: Path | str | None = None,
+    masks: Path | str | None = None,
+    teacher: Path | str | None = None,
     resume: bool = False,
     seed: int = 0,
-    processes: int = PROCESSES,
+    processes: int | None = None,
     crops: int = 2,
-    peak_rate: float = 2e-3,
+    peak_rate: float | None = None,
+    score_every: float = 10.0,
     report: Report | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Train `model` (a name or a YAML file) and return the path of its weights, `out`/weights.safetensors.
 
-    Training ends after `minutes` of work, pauses not counted, or after `steps`. It starts from average boxes and
-    random weights, from the weights of `init`, or with `resume` where the training in `out` stopped. Each of the
-    processes takes `crops` crops a step. Raises UsageError for settings that exclude each other, CheckpointError for
-    weights that do not fit, Dm3dError for a loss that is no number and for a full disk.
+    It learns from simulated scenes or a labelled folder in KITTI's layout; with a `teacher` (a checkpoint) from that
+    one's answers, to the frames of any folder. Training ends after `minutes` of work, pauses not counted, after
+    `steps`, or when every frame of the folder was shown `epochs` times. It starts from average boxes and random
+    weights, from the weights of `init`, from the pruned weights of the run `masks`, whose zeros stay, or with `resume`
+    where the training in `out` stopped. Each process takes `crops` crops a step; there is one a GPU, or 2, or as many
+    as torchrun started. The peak learning rate is 2e-3, with masks a tenth of it. Every `score_every` minutes (0:
+    never) AP on frames that are not trained on is logged.
+
+    Raises UsageError for settings that exclude each other, what reading data, weights and runs raises, all before the
+    first step; then TrainingDiverged for a loss that is no number and OutputError for a full disk: the last checkpoint
+    stays.
     """
     require("torch", extra="compile")
-    if resume and init is not None:
-        raise UsageError("init and resume exclude each other: a resumed training has weights.", fix="leave one out")
-    if processes < 1:
-        raise UsageError(f"{processes} processes train nothing.", fix="use 1 or more")
+    from dm3d_deploy.train_job import place_of, prepare
+
+    place = place_of(processes)
+    if peak_rate is None:
+        peak_rate = PEAK_RATE * (1 if masks is None else MASKED_SHARE)
     plan = TrainPlan(
-        model=str(model),
-        out=str(out),
-        minutes=minutes,
-        steps=steps,
-        init=None if init is None else str(init),
-        resume=resume,
-        seed=seed,
-        processes=processes,
-        crops=crops,
-        peak_rate=peak_rate,
-    )
-    settings = _settings(plan)  # refuses before any process starts
-    _keep_plan(plan)
-    _run_team(plan, settings, report)
+        model=str(model), out=str(out), data=str(data), minutes=minutes, steps=steps, epochs=epochs, init=_text(init),
+        masks=_text(masks), teacher=_text(teacher), resume=resume, seed=seed, processes=place.size, crops=crops,
+        peak_rate=peak_rate, score_every=score_every,
+    )  # fmt: skip
+    _run(prepare(plan, place), place, report, note)
     return Path(out) / "weights.safetensors"
 
 
-def _keep_plan(plan: TrainPlan) -> None:
-    """Write the plan beside the weights; a resumed training must follow the plan that it began with."""
-    path = Path(plan.out) / PLAN_NAME
-    now = {name: value for name, value in asdict(plan).items() if name not in ("out", "init", "resume")}
-    if not plan.resume:
-        write_json(path, now)
-        return
-    if not path.is_file():
-        raise UsageError(f"{plan.out} holds no training to resume.", fix="start one, without resume")
-    try:
-        began = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{name} was {began[name]} and is {now[name]}" for name in now if began[name] != now[name]]
-    except (ValueError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise StaleArtifact(f"{path} is no plan of a training: {reason}.", fix="start again, from init") from None
-    if changed:
-        raise UsageError(
-            f"the training in {plan.out} began with other settings: {'; '.join(changed)}.",
-            fix="resume with the settings it began with, or start another from its weights with init",
-        )
+def _run(job: TrainJob, place: Place, report: Report | None, note: Callable[[str], None] | None) -> None:
+    if place.rank == 0:
+        job.plan.keep(job.notes)
+        for text in job.notes if note is not None else ():
+            note(text)
+    if place.torchrun:
+        _work(job, place.rank, None, report if place.rank == 0 else None)
+    else:
+        _run_team(job, report)
 
 
-def _run_team(plan: TrainPlan, settings: TrainSettings, report: Report | None) -> None:
+def _text(path: Path | str | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _run_team(job: TrainJob, report: Report | None) -> None:
     """Train in this process and `processes` - 1 children, which end when it does."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder) / "meeting"
         context = multiprocessing.get_context("spawn")
         others = [
-            context.Process(target=_follow, args=(plan, rank, meeting), daemon=True)
-            for rank in range(1, plan.processes)
+            context.Process(target=_follow, args=(job.plan, rank, meeting), daemon=True)
+            for rank in range(1, job.plan.processes)
         ]
         for other in others:
             other.start()
         try:
-            _work(plan, settings, 0, meeting, report)
+            _work(job, 0, meeting, report)
             for other in others:
                 other.join()
         finally:
@@ -125,48 +101,29 @@ def _run_team(plan: TrainPlan, settings: TrainSettings, report: Report | None) -
                 other.kill()
 
 
-def _settings(plan: TrainPlan) -> TrainSettings:
-    from dm3d_deploy.training.loop import TrainSettings
-    from dm3d_deploy.training.schedule import OneCycle
-
-    return TrainSettings(minutes=plan.minutes, steps=plan.steps, cycle=OneCycle(peak_rate=plan.peak_rate))
-
-
 def _follow(plan: TrainPlan, rank: int, meeting: Path) -> None:
     """What every process but the first does."""
+    from dm3d_deploy.train_job import follower, prepare
+    from dm3d_deploy.training.loop import TrainingDiverged
+
     try:
-        _work(plan, _settings(plan), rank, meeting, None)
+        _work(prepare(plan, follower(rank, plan.processes)), rank, meeting, None)
+    except TrainingDiverged as error:  # the first process says so, too
+        raise SystemExit(error.exit_code) from None
     except Dm3dError as error:
         sys.stderr.write(f"training process {rank}: {error}\n")
         raise SystemExit(error.exit_code) from None
 
 
-def _work(
-    plan: TrainPlan, settings: TrainSettings, rank: int, meeting: Path, report: Report | None
-) -> Progress:
+def _work(job: TrainJob, rank: int, meeting: Path | None, report: Report | None) -> None:
     import torch
 
-    from calib.simulator.objects import SIZES
-    from calib.training_frames import SimulatedCrops
-    from dm3d_deploy.models.checkpoints import load_checkpoint
-    from dm3d_deploy.models.detector import build_detector
-    from dm3d_deploy.training.loop import train_detector
-    from dm3d_deploy.training.start import start_weights
     from dm3d_deploy.training.team import Team
 
     torch.set_num_threads(1)
-    config: DetectorConfig = load_config(plan.model)
-    detector = build_detector(config)
-    if plan.init is not None:
-        load_checkpoint(detector, plan.init)
-    elif not plan.resume:
-        sizes = {name: (length[0], width[0], height[0]) for name, (length, width, height) in SIZES.items()}
-        start_weights(detector, sizes, seed=plan.seed)
-    batches = SimulatedCrops(config, seed=plan.seed, rank=rank, crops=plan.crops)
-    team = Team(rank, plan.processes, meeting)
+    device = next(job.detector.parameters()).device
+    team = Team(rank, job.plan.processes, meeting, device=device)
     try:
-        return train_detector(
-            detector, batches, settings, out=Path(plan.out), resume=plan.resume, team=team, report=report
-        )
+        job.run(team, report)
     finally:
         team.leave()

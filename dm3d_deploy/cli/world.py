@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,26 +34,66 @@ def simulate(
 def train(
     model: Annotated[str, typer.Option(help="A model's name, or a YAML.")],
     out: Annotated[Path, typer.Option(help="Folder of weights, state and log.")],
-    minutes: Annotated[float, typer.Option(help="Minutes of work; pauses do not count.")],
+    data: Annotated[
+        str,
+        typer.Option(help="'simulated', a labelled folder in KITTI's layout; with --teacher any folder of frames."),
+    ] = "simulated",
+    minutes: Annotated[float | None, typer.Option(help="Minutes of work; pauses do not count.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How often each frame of a folder is shown.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser.")] = None,
     init: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Start from this run's pruned weights; their zeros stay.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="Learn what these weights answer; labels are not read.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in --out stopped.")] = False,
-    processes: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of scenes and starting weights.")] = 0,
+    processes: Annotated[int | None, typer.Option(help="Of one thread each [default: one a GPU, 2 without].")] = None,
+    seed: Annotated[int, typer.Option(help="Of scenes, crops and starting weights.")] = 0,
+    peak_rate: Annotated[
+        float | None, typer.Option(help="Highest learning rate [default: 0.002, with --masks 0.0002].")
+    ] = None,
+    score_every: Annotated[
+        float, typer.Option(help="Minutes of work between scores on frames not trained on; 0: none.")
+    ] = 10.0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
-    """Train on simulated scenes, on CPU cores; prints the losses as they come."""
+    """Train, fine-tune or distil; prints losses and AP as they come, and leaves safetensors."""
     from dm3d_deploy.train import train as run
 
-    def say(row: Any) -> None:
-        losses = "".join(f"  {name} {value:8.4f}" for name, value in row.losses.items())
-        typer.echo(f"step {row.step:6d}  {row.active_s / 60:6.1f} min{losses}")
+    rows: list[dict[str, Any]] = []
+
+    def tell(row: Any) -> None:
+        rows.append(row.as_json())
+        if not (quiet or as_json):
+            typer.echo(_training_line(rows[-1]))
 
     weights = run(
-        model, out=out, minutes=minutes, init=init, resume=resume, processes=processes, seed=seed,
-        report=None if quiet else say,
+        model, out=out, data=data, minutes=minutes, epochs=epochs, steps=steps, init=init, masks=masks,
+        teacher=teacher, resume=resume, processes=processes, seed=seed, peak_rate=peak_rate, score_every=score_every,
+        report=tell, note=None if quiet or as_json else typer.echo,
     )  # fmt: skip
-    if not quiet:
+    if as_json and _speaks():
+        last = {("score" if "ap_percent" in row else "losses"): row for row in rows}
+        print_json({"weights": str(weights), "losses": None, "score": None, **last})
+    elif _speaks() and not quiet:
         typer.echo(str(weights))
+
+
+def _speaks() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _training_line(row: dict[str, Any]) -> str:
+    head = f"step {row['step']:6d}  {row['active_s'] / 60:6.1f} min"
+    if "ap_percent" in row:
+        known = {name: value for name, value in row["ap_percent"].items() if value is not None}
+        return f"{head}  AP " + ", ".join(f"{name} {value:.1f}" for name, value in known.items())
+    told = ("step", "active_s", "gradient_norm", "rate")
+    return head + "".join(f"  {name} {value:8.4f}" for name, value in row.items() if name not in told)
 
 
 @app.command(rich_help_panel=WORLD)

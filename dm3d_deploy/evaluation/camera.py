@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float, Float64
 
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.geometry.boxes import bev_from_boxes, corners_bev, wrap_angle
@@ -62,6 +62,17 @@ def projected_boxes(camera: Camera, boxes: Boxes3D) -> Float64[np.ndarray, "boxe
     result = np.concatenate([low, high], axis=1)
     result[~shown.any(axis=1)] = 0.0
     return result
+
+
+def points_in_view(camera: Camera, xyz: Float[np.ndarray, "points 3"]) -> Bool[np.ndarray, " points"]:
+    """Which points of the LiDAR frame the image shows, whatever stands before them."""
+    seen = _transformed(camera.from_lidar, xyz.astype(np.float64))
+    ahead = seen[:, 2] >= NEAR_M
+    seen[~ahead, 2] = NEAR_M
+    pixels = _transformed(camera.projection, seen)
+    flat = pixels[:, :2] / pixels[:, 2:]
+    inside: np.ndarray = ahead & ((flat >= 0) & (flat <= (camera.width_px - 1, camera.height_px - 1))).all(axis=1)
+    return inside
 
 
 def boxes_from_camera(camera: Camera, rows: Float64[np.ndarray, "boxes 7"]) -> Boxes3D:

@@ -52,7 +52,10 @@ def center_losses(
     targets: Sequence[TaskTargets],
     branches: Sequence[Sequence[str]],
 ) -> Losses:
-    """The losses of raw head maps ("0.hm"); `branches[task]` names the box branches in the order of the values."""
+    """The losses of raw head maps ("0.hm"); `branches[task]` names the box branches in the order of the values.
+
+    Values that are NaN ask for nothing, as in OpenPCDet's RegLossCenterNet.
+    """
     device = next(iter(maps.values())).device
     heat, box = torch.zeros((), device=device), torch.zeros((), device=device)
     for task, (target, names) in enumerate(zip(targets, branches, strict=True)):
@@ -62,5 +65,6 @@ def center_losses(
             found = values_at(maps[f"{task}.{name}"], target.cells).float()
             wanted = target.values[:, at : at + found.shape[1]]
             at += found.shape[1]
-            box = box + BRANCH_WEIGHT[name] * (found - wanted).abs().sum() / max(len(wanted), 1)
+            change = torch.where(wanted.isnan(), 0.0, found - wanted)  # nobody knows the velocity of a labelled object
+            box = box + BRANCH_WEIGHT[name] * change.abs().sum() / max(len(wanted), 1)
     return Losses(heat=heat, box=BOX_WEIGHT * box)

@@ -18,13 +18,26 @@ PATIENCE = timedelta(hours=12)
 
 
 class Team:
-    """The place of a process among `size`. Alone, every exchange is the identity."""
+    """The place of a process among `size`. Alone, every exchange is the identity.
 
-    def __init__(self, rank: int = 0, size: int = 1, meeting: Path | None = None) -> None:
+    They meet at the file `meeting`, or without one where torchrun's environment variables say; on GPUs they exchange
+    by NCCL, else by Gloo.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, meeting: Path | None = None, *, device: torch.device | None = None
+    ) -> None:
         self.rank, self.size = rank, size
         if size > 1:
+            on_gpu = device is not None and device.type == "cuda"
+            if on_gpu:
+                torch.cuda.set_device(device)
             dist.init_process_group(
-                "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=PATIENCE
+                "nccl" if on_gpu else "gloo",
+                init_method="env://" if meeting is None else f"file://{meeting}",
+                rank=rank,
+                world_size=size,
+                timeout=PATIENCE,
             )
 
     @property

@@ -1,0 +1,89 @@
+"""Average precision while a training runs, on a few frames that it does not see and no report uses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calib.calibration_set import SENSOR_OF_DATASET
+from calib.dataset import DatasetFrame
+from calib.simulated_dataset import labelled_frame
+from calib.simulator import simulate_frame
+from dm3d_deploy.config import DetectorConfig
+from dm3d_deploy.errors import UsageError
+from dm3d_deploy.evaluation.benchmarks import Scores, benchmark_scores
+from dm3d_deploy.evaluation.rows import ALL
+from dm3d_deploy.geometry.decode import detections_from_maps
+from dm3d_deploy.geometry.voxelize import voxelize
+from dm3d_deploy.pointcloud import Boxes3D, Detections
+
+if TYPE_CHECKING:
+    from dm3d_deploy.models.detector import Detector
+
+# Seeds that neither training, nor a build, nor a reported evaluation draws (calib/held_out.py, calibration_set.py).
+FIRST_LIVE_SEED = 2_000_900_000
+SIMULATED_FRAMES = 8
+HELD_BACK_SHARE, MOST_HELD_BACK = 0.1, 20
+METRIC, MEASURE, MEAN = "nuscenes", "centre distance", "mean"
+
+
+def simulated_live_frames(config: DetectorConfig, count: int = SIMULATED_FRAMES) -> tuple[DatasetFrame, ...]:
+    """Full simulated frames of the sensor of the model's data set."""
+    sensor = SENSOR_OF_DATASET.get(config.dataset, "nuscenes32")
+    seeds = range(FIRST_LIVE_SEED, FIRST_LIVE_SEED + count)
+    return tuple(labelled_frame(simulate_frame(seed, sensor=sensor)) for seed in seeds)
+
+
+def split_names(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The frames to train on, and the last tenth, at most 20, to score on; UsageError for a single frame."""
+    count = min(max(int(HELD_BACK_SHARE * len(names)), 1), MOST_HELD_BACK)
+    if count >= len(names):
+        raise UsageError(
+            f"a folder of {len(names)} frame cannot spare one to score on.", fix="use more frames, or --score-every 0"
+        )
+    return tuple(names[:-count]), tuple(names[-count:])
+
+
+class LiveScore:
+    """AP by class and its mean (percent, nuScenes centre distance) of a detector on frames that are read once."""
+
+    def __init__(self, read: Callable[[], Sequence[DatasetFrame]]) -> None:
+        self._frames = functools.cache(read)
+
+    def check(self, config: DetectorConfig) -> None:
+        """Raise UsageError where the frames hold nothing that the model could find."""
+        self._scores([_nothing(config)] * len(self._frames()))
+
+    def __call__(self, detector: Detector) -> Mapping[str, float | None]:
+        """The score; the detector is in eval mode, on whatever device."""
+        scores = self._scores([_detected(detector, frame) for frame in self._frames()])
+        rows = [row for row in scores.rows if (row.measure, row.subset) == (MEASURE, ALL) and row.objects]
+        return {MEAN: scores.summary["mAP"], **{row.class_name: row.ap_percent for row in rows}}
+
+    def _scores(self, found: Sequence[Detections]) -> Scores:
+        return benchmark_scores(METRIC, found, [frame.labels for frame in self._frames()])
+
+
+def _detected(detector: Detector, frame: DatasetFrame) -> Detections:
+    import torch
+
+    from dm3d_deploy.models.detector import tensors_from_voxels
+
+    device = next(detector.parameters()).device
+    features, coords = tensors_from_voxels(voxelize(frame.cloud, detector.config), device)
+    with torch.inference_mode():
+        maps = detector(features, coords)
+    return detections_from_maps({name: value.cpu().numpy() for name, value in maps.items()}, detector.config)
+
+
+def _nothing(config: DetectorConfig) -> Detections:
+    return Detections(
+        boxes=Boxes3D(
+            centre=np.zeros((0, 3), np.float32), size=np.zeros((0, 3), np.float32),
+            yaw=np.zeros(0, np.float32), velocity=np.zeros((0, 2), np.float32),
+        ),
+        scores=np.zeros(0, np.float32), labels=np.zeros(0, np.int64), class_names=config.class_names,
+    )  # fmt: skip

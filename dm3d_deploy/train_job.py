@@ -1,0 +1,200 @@
+"""What one process of a training needs: the detector, what it learns from, and what it learns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from calib.folder_crops import FolderCrops
+from calib.simulator.objects import SIZES
+from calib.training_folder import TrainingFolder, open_labelled, open_unlabelled
+from calib.training_frames import SimulatedCrops
+from dm3d_deploy.artifacts import read_manifest
+from dm3d_deploy.config import DetectorConfig, load_config
+from dm3d_deploy.errors import UsageError
+from dm3d_deploy.live_score import LiveScore, simulated_live_frames, split_names
+from dm3d_deploy.models.checkpoints import load_checkpoint
+from dm3d_deploy.models.detector import Detector, build_detector
+from dm3d_deploy.train_plan import SIMULATED, TrainPlan
+from dm3d_deploy.training.batch import BatchSource
+from dm3d_deploy.training.checkpoint import Progress
+from dm3d_deploy.training.distill import distil, zeros_held
+from dm3d_deploy.training.log import Report
+from dm3d_deploy.training.loop import TrainSettings, train_detector
+from dm3d_deploy.training.schedule import OneCycle
+from dm3d_deploy.training.start import start_weights
+from dm3d_deploy.training.team import Team
+
+Sizes = tuple[float, float, float]
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a process stands: its rank among `size`, its device, and whether torchrun started it."""
+
+    rank: int
+    size: int
+    device: torch.device
+    torchrun: bool
+
+
+def place_of(processes: int | None) -> Place:
+    """The place of this process: the first of `processes` (None: one a GPU, else 2), or what torchrun's variables say.
+
+    Raises UsageError for no process, for more than there are GPUs, and for a number that is not torchrun's.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if all(name in os.environ for name in TORCHRUN):
+        rank, size, local = (int(os.environ[name]) for name in TORCHRUN[:3])
+        if processes not in (None, size):
+            raise UsageError(f"torchrun started {size} processes, not {processes}.", fix="leave --processes out")
+        return Place(rank=rank, size=size, device=_device(local, gpus), torchrun=True)
+    size = (gpus or 2) if processes is None else processes
+    if size < 1:
+        raise UsageError(f"{size} processes train nothing.", fix="use 1 or more")
+    if gpus and size > gpus:
+        raise UsageError(f"{size} processes cannot share {gpus} GPUs.", fix=f"use --processes {gpus}")
+    return Place(rank=0, size=size, device=_device(0, gpus), torchrun=False)
+
+
+def follower(rank: int, size: int) -> Place:
+    """The place of a process that the first one started."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Place(rank=rank, size=size, device=_device(rank, gpus), torchrun=False)
+
+
+def _device(local_rank: int, gpus: int) -> torch.device:
+    return torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """Everything that was read and checked before the first step; `notes` is what a user should know of it."""
+
+    plan: TrainPlan
+    detector: Detector
+    batches: BatchSource
+    settings: TrainSettings
+    masks: Mapping[str, np.ndarray] | None
+    teacher: Detector | None
+    score: LiveScore | None
+    notes: tuple[str, ...]
+
+    def run(self, team: Team, report: Report | None) -> Progress:
+        """Train to the end, or to the first error."""
+        out, resume = Path(self.plan.out), self.plan.resume
+        if self.teacher is not None:
+            return distil(
+                self.detector, self.teacher, self.batches, self.settings, out=out, masks=self.masks, resume=resume,
+                team=team, score=self.score, report=report,
+            )  # fmt: skip
+        return train_detector(
+            self.detector, self.batches, self.settings, out=out, resume=resume, team=team, score=self.score,
+            after_step=None if self.masks is None else zeros_held(self.detector, self.masks), report=report,
+        )  # fmt: skip
+
+
+def prepare(plan: TrainPlan, place: Place) -> TrainJob:
+    """Read what the plan names; raises what reading it raises, and UsageError for what cannot go together."""
+    config = load_config(plan.model)
+    source = _simulated(plan, config, place) if plan.data == SIMULATED else _folder(plan, config, place)
+    detector, masks = build_detector(config), None
+    if plan.masks is not None:
+        masks = _from_run(plan, detector)
+    elif plan.init is not None:
+        load_checkpoint(detector, plan.init)
+    elif not plan.resume:
+        start_weights(detector, _mean_sizes(config, source.sizes_m), seed=plan.seed)
+    teacher = None
+    if plan.teacher is not None:
+        teacher = build_detector(config)
+        load_checkpoint(teacher, plan.teacher)
+        teacher.to(place.device)
+    detector.to(place.device)
+    if masks is not None:
+        zeros_held(detector, masks)  # refuses masks that misfit before any process starts
+    steps = plan.steps if source.steps is None else source.steps
+    settings = TrainSettings(
+        minutes=plan.minutes,
+        steps=steps,
+        cycle=OneCycle(peak_rate=plan.peak_rate),
+        **({"score_every_s": 60 * plan.score_every} if source.score is not None else {}),
+    )
+    return TrainJob(
+        plan=plan, detector=detector, batches=source.batches, settings=settings, masks=masks, teacher=teacher,
+        score=source.score, notes=source.notes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    batches: BatchSource
+    steps: int | None  # of the epochs asked for
+    score: LiveScore | None
+    sizes_m: Mapping[str, Sizes]
+    notes: tuple[str, ...]
+
+
+def _simulated(plan: TrainPlan, config: DetectorConfig, place: Place) -> _Source:
+    if plan.epochs is not None:
+        raise UsageError("simulated scenes never repeat, so they have no epochs.", fix="give minutes or steps")
+    return _Source(
+        batches=SimulatedCrops(config, seed=plan.seed, rank=place.rank, crops=plan.crops),
+        steps=None,
+        score=LiveScore(lambda: simulated_live_frames(config)) if plan.score_every else None,
+        sizes_m={},
+        notes=(),
+    )
+
+
+def _folder(plan: TrainPlan, config: DetectorConfig, place: Place) -> _Source:
+    labelled = plan.teacher is None
+    folder: TrainingFolder = (open_labelled if labelled else open_unlabelled)(plan.data, config)
+    names, score, notes = tuple(folder.paths), None, []
+    if folder.left_out:
+        counts = ", ".join(f"{count} {word}" for word, count in sorted(folder.left_out.items()))
+        notes.append(f"background, for the model does not look for them: {counts}")
+    if not labelled:
+        notes.append("the frames teach by what the teacher answers; labels are not read, and nothing is scored")
+    elif plan.score_every:
+        names, held_back = split_names(names)
+        score = _folder_score(folder, held_back)
+        if place.rank == 0:
+            score.check(config)
+        notes.append(f"not trained on but scored: the last {len(held_back)} of {len(folder.paths)} frames")
+    batches = FolderCrops(folder, names, seed=plan.seed, rank=place.rank, processes=place.size, crops=plan.crops)
+    steps = None if plan.epochs is None else batches.steps_of(plan.epochs)
+    return _Source(batches=batches, steps=steps, score=score, sizes_m=folder.sizes_m, notes=tuple(notes))
+
+
+def _folder_score(folder: TrainingFolder, names: tuple[str, ...]) -> LiveScore:
+    frames = folder.folder
+    return LiveScore(lambda: [] if frames is None else [frames.read(name) for name in names])
+
+
+def _from_run(plan: TrainPlan, detector: Detector) -> dict[str, np.ndarray]:
+    """The masks of the run, its pruned weights in the detector."""
+    root = Path(str(plan.masks))
+    manifest = read_manifest(root)
+    built = load_config(manifest.artifact("model_config").checked(root))
+    if built.text != detector.config.text:
+        raise UsageError(
+            f"{root} was built from another model than {plan.model}.",
+            fix=f"use --model {root / manifest.artifact('model_config').path}",
+        )
+    masks = load_file(manifest.artifact("masks").checked(root))
+    load_checkpoint(detector, manifest.artifact("pruned_weights").checked(root))
+    return masks
+
+
+def _mean_sizes(config: DetectorConfig, found_m: Mapping[str, Sizes]) -> dict[str, Sizes]:
+    """Where boxes start: the folder's mean length, width and height of a class, else the simulator's, else a car's."""
+    usual: dict[str, Sizes] = {name: (x[0], y[0], z[0]) for name, (x, y, z) in SIZES.items()}
+    return {name: found_m.get(name, usual.get(name.lower(), usual["car"])) for name in config.class_names}

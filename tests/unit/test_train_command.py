@@ -1,0 +1,226 @@
+"""The `train` command: what excludes what, fine-tuning and distilling runs, torchrun, and every bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_sample import TINY
+from safetensors.numpy import load_file
+
+from dm3d_deploy.simulate import simulate
+from dm3d_deploy.training.checkpoint import STATE_NAME
+
+ROOT = Path(__file__).resolve().parents[2]
+LINE = ("train", "--model", TINY, "--processes", "1")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "folder"
+    simulate(root, sensor="hdl64", frames=4, seed=7)
+    return root
+
+
+@pytest.fixture
+def labelled(folder, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(folder, tmp_path / "folder")
+
+
+def error_of(answer):
+    code, out, err = answer
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert [line[:7] for line in lines] == ["error: ", "  fix: "], err
+    return code, " ".join(lines)
+
+
+def test_a_folder_is_trained_on_scored_and_resumed(cli, labelled, tmp_path) -> None:
+    label = labelled / "label_2" / "000000.txt"
+    tram = "Tram 0.00 0 -1.57 100.00 100.00 180.00 160.00 3.50 2.50 12.00 0.00 1.70 30.00 -1.57\n"
+    label.write_text(label.read_text() + tram)
+    shutil.rmtree(labelled / "objects")
+    (labelled / "dataset.json").unlink()
+    line = (*LINE, "--out", tmp_path / "out", "--data", labelled, "--epochs", "2", "--score-every", "1e-6")
+    code, out, err = cli(*line)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "background, for the model does not look for them: 1 Tram"
+    assert lines[1] == "not trained on but scored: the last 1 of 4 frames"
+    assert any("AP mean" in row for row in lines)
+    assert any("heat" in row and "box" in row for row in lines)
+    assert lines[-1] == str(tmp_path / "out" / "weights.safetensors")
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["notes"] == lines[:2]
+    logged = [json.loads(row) for row in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert logged[-1]["step"] == 3  # three frames twice, two a step
+    assert {"mean", "car"} <= logged[0]["ap_percent"].keys()
+    code, out, _ = cli(*line, "--resume", "--json")
+    assert code == 0
+    assert json.loads(out) == {"weights": str(tmp_path / "out" / "weights.safetensors"), "losses": None, "score": None}
+
+
+def test_a_pruned_run_is_fine_tuned_and_keeps_every_zero(cli, tiny_run, tmp_path) -> None:
+    line = (*LINE, "--masks", tiny_run, "--out", tmp_path / "out", "--steps", "3", "--json")
+    code, out, err = cli(*line)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["losses"]["step"] == 3
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["peak_rate"] == pytest.approx(2e-4)
+    tuned, masks = (
+        load_file(tmp_path / "out" / "weights.safetensors"),
+        load_file(tiny_run / "weights/masks.safetensors"),
+    )
+    pruned = load_file(tiny_run / "weights" / "pruned.safetensors")
+    moved = 0
+    for name, keep in masks.items():
+        weight = tuned[f"{name}.weight"]
+        assert not weight[~keep].any(), name
+        moved += int(np.count_nonzero(weight != pruned[f"{name}.weight"]))
+    assert moved > 100
+    code, text = error_of(cli(*line, "--init", tiny_run / "weights" / "pruned.safetensors"))
+    assert (code, "init and masks exclude each other" in text) == (2, True)
+    other = tmp_path / "other.yaml"
+    other.write_text(TINY.read_text().replace("SCORE_THRESH: 0.1", "SCORE_THRESH: 0.2"))
+    code, text = error_of(cli("train", "--model", other, *line[3:]))
+    assert (code, f"was built from another model than {other}" in text) == (2, True)
+
+
+def test_a_pruned_run_learns_from_the_dense_weights(cli, tiny_run, folder, tmp_path) -> None:
+    """On frames alone: the folder has no labels."""
+    dense = tiny_run / "weights" / "dense.safetensors"
+    line = (*LINE, "--masks", tiny_run, "--teacher", dense, "--steps", "2")
+    code, out, err = cli(*line, "--data", folder / "velodyne", "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert out.startswith("the frames teach by what the teacher answers")
+    assert "score" in out.splitlines()[-2]
+    tuned, pruned = (
+        load_file(path) for path in (tmp_path / "out/weights.safetensors", tiny_run / "weights/pruned.safetensors")
+    )
+    for name, keep in load_file(tiny_run / "weights" / "masks.safetensors").items():
+        assert not tuned[f"{name}.weight"][~keep].any(), name
+    assert any((tuned[name] != pruned[name]).any() for name in pruned if name.endswith("weight"))
+
+
+def test_lengths_and_pairs_that_cannot_be(cli, folder, tmp_path) -> None:
+    out = ("--out", tmp_path / "out")
+    for length in ((), ("--minutes", "1", "--steps", "2"), ("--epochs", "1", "--minutes", "1")):
+        code, text = error_of(cli(*LINE, *out, *length))
+        assert (code, "the length of a training is given once. " in text) == (2, True)
+        assert "give minutes, steps or epochs" in text
+    for refused, said in (
+        (("--epochs", "1"), "simulated scenes never repeat, so they have no epochs"),
+        (("--steps", "-1"), "a training of -1 cannot be"),
+        (("--steps", "1", "--score-every", "-1"), "scores every -1.0 minutes cannot be"),
+        (("--steps", "1", "--peak-rate", "2"), "a peak learning rate of 2.0 cannot train"),
+        (("--steps", "1", "--processes", "0"), "0 processes train nothing"),
+        (("--steps", "1", "--masks", tmp_path), "it is not a finished run"),
+    ):
+        code, text = error_of(cli(*LINE, *out, *refused))
+        assert (code, said in text) == (2, True), text
+    single = shutil.copytree(folder, tmp_path / "single")
+    for path in single.rglob("00000[123].*"):
+        path.unlink()
+    (single / "dataset.json").unlink()
+    code, text = error_of(cli(*LINE, *out, "--steps", "1", "--data", single))
+    assert (code, "a folder of 1 frame cannot spare one to score on" in text) == (2, True)
+    assert not (tmp_path / "out").exists()  # nothing was begun
+
+
+def test_bad_folders_are_refused_before_anything_is_written(cli, labelled, tmp_path) -> None:
+    line = (*LINE, "--steps", "1", "--out", tmp_path / "out", "--data", labelled)
+    label, cloud = labelled / "label_2" / "000002.txt", labelled / "velodyne" / "000001.bin"
+    text, points = label.read_text(), cloud.read_bytes()
+    label.write_text(text.replace(text.split(" ", 1)[0], "Unicorn", 1))
+    code, said = error_of(cli(*line))
+    assert (code, "000002.txt, line 1 has the class 'Unicorn', which nothing here knows" in said) == (2, True)
+    label.unlink()
+    code, said = error_of(cli(*line))
+    assert (code, "1 of 4 frames" in said, "have no labels" in said) == (4, True, True)
+    label.write_text(text)
+    cloud.write_bytes(b"\xff\xd8\xff\xe0" + points)
+    code, said = error_of(cli(*line))
+    assert (code, "000001.bin is a JPEG image, not points" in said) == (4, True)
+    cloud.write_bytes(points)
+    model = tmp_path / "tram.yaml"
+    model.write_text(TINY.read_text().replace("[car, ", "[tram, ").replace("- [car]", "- [tram]"))
+    for path in (labelled / "label_2").iterdir():
+        path.write_text("".join(f"Car {row.split(' ', 1)[1]}\n" for row in path.read_text().splitlines()))
+    code, said = error_of(cli("train", "--model", model, *line[3:]))
+    assert code == 2
+    assert "labels Car, and tram detects tram, truck" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_is_one_sentence_from_two_processes(tmp_path) -> None:
+    """A rate that throws the weights out of the range of floats; the checkpoint of the first training stays."""
+    first = program("train", "--model", TINY, "--steps", "1", "--out", tmp_path)
+    assert first.returncode == 0, first.stderr
+    state = (tmp_path / STATE_NAME).read_bytes()
+    line = ("train", "--model", TINY, "--steps", "400", "--out", tmp_path, "--init", tmp_path / "weights.safetensors")
+    done = program(*line, "--peak-rate", "0.999", "--data", "simulated", before=POISON)
+    assert done.returncode == 1, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[0].startswith("error: the training diverged at step 2: heat loss nan"), done.stderr
+    assert len(lines) == 2
+    assert (tmp_path / STATE_NAME).read_bytes() == state
+
+
+POISON = """
+import calib.training_frames as frames
+whole = frames.SimulatedCrops.__call__
+def poisoned(self, step):
+    batch = whole(self, step)
+    if step == 2:
+        batch.features.fill_(float("nan"))
+    return batch
+frames.SimulatedCrops.__call__ = poisoned
+"""
+
+
+def program(*words, before="", launcher=()):
+    """Run the command in a program of its own: children and torchrun start it anew."""
+    script = Path(str(words[words.index("--out") + 1])).parent / "program.py"
+    script.write_text(f"{before}\nfrom dm3d_deploy.cli import main\nif __name__ == '__main__':\n    main()\n")
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(cli, tmp_path) -> None:
+    assert cli(*LINE, "--out", tmp_path, "--steps", "1")[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "log.jsonl"}
+    (tmp_path / f"{STATE_NAME}.partial").symlink_to("/dev/full")
+    code, text = error_of(cli(*LINE, "--out", tmp_path, "--steps", "2", "--quiet"))
+    assert code == 8
+    assert f"{tmp_path / STATE_NAME} could not be written: the disk is full. " in text
+    assert (tmp_path / STATE_NAME).read_bytes() == before[STATE_NAME]
+    assert (tmp_path / "weights.safetensors").read_bytes() == before["weights.safetensors"]
+
+
+def test_torchrun_trains_what_two_processes_train(folder, tmp_path) -> None:
+    line = ("train", "--model", TINY, "--steps", "2", "--data", folder)
+    ours = program(*line, "--processes", "2", "--out", tmp_path / "ours")
+    assert ours.returncode == 0, ours.stderr
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    theirs = program(*line, "--out", tmp_path / "theirs", launcher=launcher)
+    assert theirs.returncode == 0, theirs.stderr
+    assert theirs.stdout.count("weights.safetensors") == 1  # the first process speaks, the others do not
+    a, b = (load_file(tmp_path / name / "weights.safetensors") for name in ("ours", "theirs"))
+    assert all((a[name] == b[name]).all() for name in a)
+    assert (tmp_path / "ours/plan.json").read_bytes() == (tmp_path / "theirs/plan.json").read_bytes()
+    wrong = program(*line, "--out", tmp_path / "wrong", "--processes", "3", launcher=launcher)
+    assert "torchrun started 2 processes, not 3" in wrong.stderr
