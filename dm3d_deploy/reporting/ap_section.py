@@ -40,10 +40,10 @@ def interval(row: Mapping[str, Any]) -> str:
 def ap_sentence(report: Mapping[str, Any]) -> str:
     """The verdict's part; empty without AP."""
     told = [
-        f"of {row['name']} is {points(shipped_percent(row))} % instead of {points(row['dense_percent'])} %"
+        f"{row['name']} {points(shipped_percent(row))} % instead of {points(row['dense_percent'])} %"
         for row in known_means(report)
     ]
-    return f"on simulated scenes the AP {', '.join(told)}; " if told else ""
+    return f"AP on simulated scenes: {', '.join(told)}; " if told else ""
 
 
 def ap_line(report: Mapping[str, Any]) -> str:

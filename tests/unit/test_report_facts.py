@@ -99,7 +99,7 @@ def test_the_verdict_of_a_trained_detector_on_real_frames() -> None:
     sentence = facts.verdict_sentence(sample_report(trained=True, simulated=False))
     assert "UNTRAINED" not in sentence
     assert sentence.count("simulated") == 1
-    told = "on simulated scenes the AP of vulnerable road users is 59.9 % instead of 61.4 %, of all classes is 62.8 %"
+    told = "AP on simulated scenes: vulnerable road users 59.9 % instead of 61.4 %, all classes 62.8 % instead"
     assert told in sentence
     assert sentence.startswith("centerpoint keeps 33.1 % of its backbones' MACs (54.2 % of the whole model's; ")
     assert re.search(r"; hardware executes \d+\.\d % of the backbones'\); the distortion", sentence)
@@ -114,7 +114,7 @@ def test_the_verdict_says_what_is_not_known() -> None:
     report["distortion"].update(heldout=None, heldout_after_recovery=None)
     sentence = facts.verdict_sentence(report)
     assert sentence.startswith("nothing was compared: UNTRAINED centerpoint keeps")
-    assert "predicted from simulated frames and not verified; on simulated scenes the AP of" in sentence
+    assert "predicted from simulated frames and not verified; AP on simulated scenes: " in sentence
     assert sentence.endswith("; no time saving was measured.")
 
 

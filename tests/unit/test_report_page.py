@@ -148,8 +148,8 @@ def test_vulnerable_road_users_come_first_and_the_scenes_are_called_simulated(ht
     places = [text.index(word) for word in words]
     assert places == sorted(places)
     assert "119 61.4 52.2 59.9 -1.5 -3.0 to -0.3" in text
-    assert f"0 {NOTHING}→{NOTHING}" in text  # no bicycle beyond 30 m
-    told = "on simulated scenes the AP of vulnerable road users is 59.9 % instead of 61.4 %, of all classes is 62.8 %"
+    assert f"37.6→35.7 0 {NOTHING} " in text  # no bicycle beyond 30 m
+    told = "AP on simulated scenes: vulnerable road users 59.9 % instead of 61.4 %, all classes 62.8 % instead"
     assert told in Page(html).text
     shown = " ".join(terminal(sample_report(), width=300).split())
     assert "vulnerable road users 61.4 → 59.9 % (-1.5, 95 % -3.0 to -0.3); all classes 64.0 → 62.8 %" in shown
@@ -162,7 +162,7 @@ def test_without_ap_the_reason_stands_in_its_place() -> None:
         "notes": [],
     }  # fmt: skip
     report["verdict"]["sentence"] = verdict_sentence(report)
-    assert " AP " not in report["verdict"]["sentence"]
+    assert "AP on" not in report["verdict"]["sentence"]
     assert "No average precision: the weights are UNTRAINED." in Page(render_html(report)).text
     assert "none: the weights are UNTRAINED." in " ".join(terminal(report, width=200).split())
 
