@@ -131,6 +131,7 @@ def test_what_was_built_runs_without_torch(run_copy: Path, tiny_frames: Path, tm
         ("engine", run, "--json"),
         ("report", run, "--json"),
         ("inspect", run, "--json"),
+        ("plan", "inspect", run, "--json"),
     ):
         done = command(*words)
         assert done.returncode == 0, f"{words[0]}: {done.stderr}"

@@ -32,11 +32,11 @@ def library(tmp_path_factory):
     return folder
 
 
-def child(library, folder, cwd, *words):
-    """What the child answers for the run in `folder`."""
+def child(library, path, cwd, *words):
+    """What the child answers for the ONNX file."""
     answer = library / "answer.json"
     done = subprocess.run(
-        [sys.executable, str(CHILD), str(folder / FILES["backbone3d"]), str(answer), *words],
+        [sys.executable, str(CHILD), str(path), str(answer), *words],
         env={
             **os.environ,
             "LD_LIBRARY_PATH": str(library),
@@ -48,9 +48,14 @@ def child(library, folder, cwd, *words):
     return json.loads(answer.read_text())
 
 
-def test_every_node_of_ours_becomes_one_plugin_of_the_plans_shapes(library, tiny_run):
-    told = child(library, tiny_run, tiny_run, "plugin")
-    nodes = [node for node in onnx.load(tiny_run / FILES["backbone3d"]).graph.node if node.domain == "dm3d"]
+@pytest.mark.parametrize("body", [True, False], ids=["with its body", "without its body"])
+def test_every_node_of_ours_becomes_one_plugin_of_the_plans_shapes(library, tiny_run, tmp_path, body):
+    model = onnx.load(tiny_run / FILES["backbone3d"])
+    if not body:
+        del model.functions[:]
+    onnx.save(model, tmp_path / "backbone3d.onnx")
+    told = child(library, tmp_path / "backbone3d.onnx", tiny_run, "plugin")
+    nodes = [node for node in model.graph.node if node.domain == "dm3d"]
     assert (told["parsed"], told["errors"]) == (True, [])
     assert told["plugins"] == [node.name for node in nodes] == ["backbone_3d"]
     assert told["layers"] == 1
@@ -62,12 +67,12 @@ def test_every_node_of_ours_becomes_one_plugin_of_the_plans_shapes(library, tiny
 
 
 def test_without_the_plugin_the_slow_body_is_not_taken_silently(library, tiny_run):
-    told = child(library, tiny_run, tiny_run)
+    told = child(library, tiny_run / FILES["backbone3d"], tiny_run)
     assert (told["parsed"], told["plugins"]) == (False, [])
     assert any("SparseBackbone3d" in line for line in told["errors"])
 
 
 def test_a_plan_that_is_not_found_ends_the_parse(library, tiny_run, tmp_path):
-    told = child(library, tiny_run, tmp_path, "plugin")
+    told = child(library, tiny_run / FILES["backbone3d"], tmp_path, "plugin")
     assert (told["parsed"], told["plugins"]) == (False, [])
     assert any("Could not create the plugin" in line for line in told["errors"])
