@@ -137,7 +137,7 @@ class _Samples:
 
     def moments(self, layer: PrunableLayer, x: Any, wanted: Any, order: int) -> Moments:
         """Sums over the drawn rows."""
-        pairs = {"sparse": _sparse_rows, "conv2d": _conv_rows, "deconv2d": _deconv_rows}[layer.kind]
+        pairs = ROWS_OF[layer.kind]
         inputs, outputs = _matrix(layer.weight.numpy(force=True), layer.kind).shape
         rng = np.random.Generator(np.random.PCG64([self._seed, order]))
         moments = Moments.empty(inputs, outputs)
@@ -184,6 +184,19 @@ def _deconv_rows(conv: nn.ConvTranspose2d, x: Tensor, wanted: Tensor, limit: int
         cells = _drawn(image[0].numel(), -(-limit // len(x)), rng)
         blocks = functional.pixel_unshuffle(target[None], up)[0].flatten(1)
         yield image.flatten(1)[:, cells].t().contiguous(), blocks[:, cells].t().contiguous()
+
+
+def _linear_rows(_: nn.Linear, x: Tensor, wanted: Tensor, limit: int, rng: Any) -> Rows:
+    for chunk in _drawn(len(x), limit, rng).split(CHUNK_ROWS):
+        yield x[chunk], wanted[chunk]
+
+
+ROWS_OF: Mapping[str, Callable[..., Rows]] = {
+    "sparse": _sparse_rows,
+    "linear": _linear_rows,
+    "conv2d": _conv_rows,
+    "deconv2d": _deconv_rows,
+}
 
 
 def _matrix(array: np.ndarray, kind: str) -> np.ndarray:

@@ -130,7 +130,7 @@ def test_a_known_model_is_guessed_by_its_tasks_and_width(tmp_path):
     ("scores", "before", "told"),
     [
         (18, "backbone_3d.conv_out.0.weight", "second, by its classes per task"),
-        (30, "backbone_3d.conv_out.0.weight", "second-once, by its classes per task"),
+        (50, "backbone_3d.conv_out.0.weight", "second-once, by its classes per task"),
         (18, "vfe.pfn_layers.0.linear.weight", "pointpillars, by its classes per task"),
         (7, "vfe.pfn_layers.0.linear.weight", "an anchor head with 7 class scores a cell, of no configuration known"),
     ],
