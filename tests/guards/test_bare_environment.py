@@ -13,7 +13,7 @@ from source_tree import ROOT, imports_of, modules_of, reached, within
 
 OPTIONAL = ("torch", "tensorrt", "tensorrt_rtx", "triton", "spconv", "cumm", "scipy", "onnxscript")
 MAY_BE_MADE_OF = {
-    "torch": ("dm3d_deploy.models", "dm3d_deploy.training", "dm3d_deploy.train", "exporters", "calib"),
+    "torch": ("dm3d_deploy.models", "dm3d_deploy.training", "dm3d_deploy.train_job", "exporters", "calib"),
     "triton": ("engines.sparse3d",),
 }
 
