@@ -9,9 +9,12 @@ import time
 
 import numpy as np
 
-from dm3d_deploy.pruning.allocation import allocate, items_for
+from dm3d_deploy.device import device_named
+from dm3d_deploy.pruning.allocation import allocate, cheapest_within, items_for
 from dm3d_deploy.pruning.contracts import Budget, Choice, Curve, Layer
+from dm3d_deploy.pruning.costs import executed_costs, time_costs
 from dm3d_deploy.pruning.curves import layer_curve
+from dm3d_deploy.pruning.estimate import estimated_profile
 from dm3d_deploy.pruning.knapsack import knapsack
 from dm3d_deploy.pruning.macs import dense_macs
 from dm3d_deploy.pruning.masks import masks_of
@@ -66,6 +69,35 @@ def hardest_knapsack() -> float:
     return time.perf_counter() - start
 
 
+def every_cost(layers: list[Layer], items: list[tuple[Choice, ...]]) -> None:
+    """Print the seconds of one allocation for each goal and cost, each at a limit that these items can reach."""
+    cells = {layer.name: round(layer.positions[0]) * (4 if layer.name == "blocks.1.0" else 1) for layer in layers}
+    flat = {name: count for name, count in cells.items() if not name.startswith("conv")}
+    profile = estimated_profile(layers, flat, device_named("orin"), voxels=60_000, model_name="centerpoint")
+    times = profile.times()
+    pairs = list(zip(layers, items, strict=True))
+    macs = sum(dense_macs(layers).values())
+    start = time.perf_counter()
+    priced = {
+        "macs": ([np.array([item.cost for item in group]) for group in items], 0.0, macs),
+        "executed": ([executed_costs(layer, group) for layer, group in pairs], 0.0, macs),
+        "ms": ([time_costs(times[layer.name], layer, group) for layer, group in pairs], 6.3, profile.dense_ms),
+    }
+    print(f"{'prices':>14}  {time.perf_counter() - start:7.2f} s")
+    for unit, (costs, fixed, dense) in priced.items():
+        least = (sum(cost.min() for cost in costs) + fixed) / dense
+        budget = Budget(value=(1 + least) / 2, denominator=dense, unit=unit)
+        start = time.perf_counter()
+        found = allocate(items, budget=budget, costs=costs, fixed_cost=fixed)
+        took = time.perf_counter() - start
+        print(f"{unit:>14}  {took:7.2f} s  share {found.share:.4f} of {budget.value:.4f}, gap {found.gap:.2e}")
+        whole = Budget(value=1.0, denominator=dense, unit=unit)
+        start = time.perf_counter()
+        back = cheapest_within(items, max_distortion=found.distortion, dense=whole, costs=costs, fixed_cost=fixed)
+        took = time.perf_counter() - start
+        print(f"{'within':>14}  {took:7.2f} s  share {back.share:.4f} at the same distortion, gap {back.gap:.2e}")
+
+
 def main() -> None:
     rng = np.random.default_rng(0)
     layers = centerpoint()
@@ -99,6 +131,7 @@ def main() -> None:
     for stage, took in {**seconds, "all": sum(seconds.values())}.items():
         print(f"{stage:>14}  {took:7.2f} s")
     print(f"{'60 x 150 items':>14}  {hardest_knapsack():7.2f} s  (knapsack alone, nothing struck out)")
+    every_cost(layers, items)
     print(f"target {budget.value:g}: kept {allocation.share:.6f}, gap to the bound {allocation.gap:.2e}")
 
 

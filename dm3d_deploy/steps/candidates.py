@@ -39,9 +39,9 @@ class Candidate:
 def candidates_of(recipe: Recipe, items: Items, solve: Solve) -> list[Candidate]:
     """The allocations to verify, the knapsack's own answer first, each once.
 
-    For a budget: the least sum of distortions, the least sum of their squares (spreads the loss over the layers), of
-    their square roots (as if the layers' errors added up in step), and no layer beyond 90 %. For a distortion: the
-    cheapest within it, within half of it, and so on, as the truth may exceed the prediction.
+    For a budget: the least sum of distortions, the least sum of their squares (which spreads the loss over the layers),
+    and no layer beyond 90 %. For a distortion: the cheapest within it, within half of it, and so on, as the truth
+    exceeds the prediction.
     """
     if recipe.max_distortion is not None:
         limits = [recipe.max_distortion / 2**k for k in range(HALVINGS)]
@@ -57,9 +57,8 @@ def candidates_of(recipe: Recipe, items: Items, solve: Solve) -> list[Candidate]
 def _for_budget(items: Items, solve: Solve) -> Iterator[Candidate]:
     plain = solve(items, None)
     yield Candidate(name="least sum of distortions", allocation=plain)
-    for name, power in (("least sum of squares", 2.0), ("least sum of square roots", 0.5)):
-        other = solve([[replace(item, distortion=item.distortion**power) for item in group] for group in items], None)
-        yield Candidate(name=name, allocation=_with_true_distortions(items, other, plain.lower_bound))
+    squared = solve([[replace(item, distortion=item.distortion**2) for item in group] for group in items], None)
+    yield Candidate(name="least sum of squares", allocation=_with_true_distortions(items, squared, plain.lower_bound))
     with contextlib.suppress(InfeasibleBudget):  # a budget so small that it needs more than nine tenths of some layer
         capped = solve([_capped(group) for group in items], None)
         yield Candidate(name=f"no layer beyond {CAP:.0%}", allocation=replace(capped, lower_bound=plain.lower_bound))
