@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -37,7 +37,7 @@ def dense_micro_build(
         along = np.moveaxis(weight, 1 if layer.kind == "conv2d" else 0, 0)
         along[0::4], along[1::4] = 0, 0
     if layer.kind == "conv2d":
-        given = {"kernel_shape": list(layer.kernel), "strides": [stride, stride]}
+        given: dict[str, Any] = {"kernel_shape": list(layer.kernel), "strides": [stride, stride]}
         given["pads"] = [layer.kernel[0] // 2, layer.kernel[1] // 2] * 2
         read, written = (rows * stride, columns * stride), (rows, columns)
         node = helper.make_node("Conv", ["x", "weight", "bias"], ["sum"], **given)

@@ -64,7 +64,7 @@ def build(
     from dm3d_deploy import build as builder
     from dm3d_deploy.recipe import Recipe, goal_from_text
 
-    goal = {} if target is None else goal_from_text(target)
+    goal: dict[str, Any] = {} if target is None else goal_from_text(target)
     recipe = Recipe(
         model=model, **goal, max_distortion=max_distortion, profile=profile, method=method, recover=recover,
         sketches=0 if method == "paper-eq13" else 2, distill_steps=distill_steps,

@@ -40,7 +40,7 @@ class Offer:
 class Prices:
     """The items' costs in the budget's unit, what nothing can change, and what the dense network costs."""
 
-    each: dict[tuple[str, str, int], float]
+    each: dict[tuple[str, Pattern, int], float]
     fixed: float
     dense: Budget
 
