@@ -37,12 +37,8 @@ def build(
     profile: Annotated[
         str | None, typer.Option(help="Of --cost latency: a profile.json, or a device to estimate for.")
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="dm3d; or to hold against it uniform, erk, lamp, taylor, paper-eq13.")
-    ] = "dm3d",
-    recover: Annotated[
-        str, typer.Option(help="none, bn, reconstruct or distill: tried behind the masks.")
-    ] = "reconstruct",
+    method: Annotated[str, typer.Option(help="dm3d, or a baseline: uniform, erk, lamp, taylor, paper-eq13.")] = "dm3d",
+    recover: Annotated[str, typer.Option(help="none, bn, reconstruct or distill, behind the masks.")] = "reconstruct",
     distill_steps: Annotated[int, typer.Option(help="Of --recover distill: steps on simulated crops.")] = 500,
     checkpoint: Annotated[Path | None, typer.Option(help="OpenPCDet .pth, or .safetensors.")] = None,
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
