@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+from report_sample import sample_report
 from run_sample import Noted, tiny_recipe
 
 from calib.calibration_set import plan_frames
 from calib.held_out import FIRST_SCORE_SEED, FIRST_SEED, FIRST_TRAINING_SEED
 from calib.pool import FramePool
 from dm3d_deploy.config import load_config
+from dm3d_deploy.reporting.facts import verdict_sentence
+from dm3d_deploy.reporting.schema import validate_report
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps import score as stage
 from dm3d_deploy.steps.score import score
@@ -60,6 +63,9 @@ def test_dense_masked_and_recovered_on_scenes_of_their_own(trained_run, tiny_fra
     shipped = cars["recovered_percent"] if accepted else cars["masked_percent"]
     assert cars["change_points"] == pytest.approx(shipped - cars["dense_percent"])
     assert cars["change_low_points"] is None  # two frames tell nothing of their spread
+    report = {**sample_report(trained=True), "ap": found}
+    report["verdict"]["sentence"] = verdict_sentence(report)
+    validate_report(report)
     ranges = [row["subset"] for row in found["classes"] if row["name"] == "car"]
     assert ranges == ["all", "0-30 m", "30-50 m"]
 
