@@ -69,12 +69,16 @@ def train(
 def _run(job: TrainJob, place: Place, report: Report | None, note: Callable[[str], None] | None) -> None:
     if place.rank == 0:
         job.plan.keep(job.notes)
-        for text in job.notes if note is not None else ():
-            note(text)
+        for text in job.notes:
+            (note or _silent)(text)
     if place.torchrun:
         _work(job, place.rank, None, report if place.rank == 0 else None)
     else:
         _run_team(job, report)
+
+
+def _silent(text: str) -> None:
+    """Tell nobody; the plan beside the weights keeps it."""
 
 
 def _text(path: Path | str | None) -> str | None:

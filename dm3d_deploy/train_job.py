@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def prepare(plan: TrainPlan, place: Place) -> TrainJob:
         minutes=plan.minutes,
         steps=steps,
         cycle=OneCycle(peak_rate=plan.peak_rate),
-        **({"score_every_s": 60 * plan.score_every} if source.score is not None else {}),
+        score_every_s=math.inf if source.score is None else 60 * plan.score_every,
     )
     return TrainJob(
         plan=plan, detector=detector, batches=source.batches, settings=settings, masks=masks, teacher=teacher,
