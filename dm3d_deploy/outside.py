@@ -46,6 +46,9 @@ def outside_digest(name: str, recipe: Recipe) -> str:
         }
         return digest_of_bytes(canonical_json(content).encode())
     if name == "profile":
-        named = recipe.profile
-        return "none" if named is None or Path(named).suffix != ".json" else read_profile(Path(named)).digest()
+        if recipe.cost != "latency":
+            return "none"
+        named = recipe.profile or recipe.device
+        times = read_profile(Path(named)).digest() if Path(named).suffix == ".json" else named
+        return f"{times} {recipe.precision}"  # times of one precision serve no other
     raise InternalError(f"no outside input is called '{name}'")

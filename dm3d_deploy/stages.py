@@ -113,7 +113,7 @@ STAGES: tuple[Stage, ...] = (
                "curves", "scores"),
         writes=("allocation",), outside=("profile",),
         recipe=("method", "target", "target_ms", "max_distortion", "cost", "profile", "candidates", "scope",
-                "patterns", "device", "precision", "lambda_box", "lambda_score", "box_cells"),
+                "patterns", "device", "lambda_box", "lambda_score", "box_cells"),
     ),
     Stage(
         name="mask", says="choose the weights", run="dm3d_deploy.steps.prune:mask",
