@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Int64
 
-from dm3d_deploy.config import DetectorConfig
+from dm3d_deploy.config import AnchorHeadConfig, DetectorConfig
 from dm3d_deploy.geometry.boxes import wrap_angle
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Boxes3D, PointCloud
+from dm3d_deploy.training.anchor_targets import AnchorTargets, anchor_targets, collate_anchors
 from dm3d_deploy.training.batch import Batch
 from dm3d_deploy.training.targets import TaskTargets, center_targets, collate
 
@@ -92,7 +93,7 @@ class Crop:
 
     features: Float32[np.ndarray, "voxels columns"]
     coords: Int32[np.ndarray, "voxels 4"]
-    targets: tuple[TaskTargets, ...]
+    targets: tuple[TaskTargets, ...] | AnchorTargets
 
 
 def crop_of(
@@ -110,10 +111,24 @@ def crop_of(
         return None
     points = _relit(points[inside], config, frame.full_scale, random)
     grid = replace(config.voxels, point_range_m=(*low, *high), max_voxels=len(points))
-    voxels = voxelize(PointCloud(points=points, columns=config.voxels.columns), grid)
-    columns, rows = window.cells
-    targets = center_targets(boxes, frame.labels, config, low_m=(x0, y0), shape=(rows, columns))
+    voxels = voxelize(PointCloud(points=points, columns=config.voxels.columns), replace(config, voxels=grid))
+    targets = _targets_of(boxes, frame.labels, config, window, low_m=(x0, y0))
     return Crop(features=voxels.features, coords=voxels.coords, targets=targets)
+
+
+def _targets_of(
+    boxes: Boxes3D,
+    labels: Int64[np.ndarray, " boxes"],
+    config: DetectorConfig,
+    window: Window,
+    *,
+    low_m: tuple[float, float],
+) -> tuple[TaskTargets, ...] | AnchorTargets:
+    columns, rows = window.cells
+    if not isinstance(config.head, AnchorHeadConfig):
+        return center_targets(boxes, labels, config, low_m=low_m, shape=(rows, columns))
+    column, row = (round((low_m[axis] - config.voxels.point_range_m[axis]) / window.cell_m[axis]) for axis in range(2))
+    return anchor_targets(boxes, labels, config, config.head, first=(row, column), shape=(rows, columns))
 
 
 def turned(frame: LabelledFrame, random: np.random.Generator) -> tuple[np.ndarray, Boxes3D]:
@@ -186,7 +201,7 @@ def _relit(
 
 def batch_of(crops: Sequence[Crop], config: DetectorConfig, window: Window) -> Batch:
     """Crops of one window as a batch."""
-    depth = config.voxels.grid_zyx[0]
+    depth = config.voxels.grid_zyx[0] + (config.pillars is None)
     features, coords = [], []
     for index, crop in enumerate(crops):
         cells = torch.from_numpy(crop.coords.astype(np.int64))
@@ -196,7 +211,14 @@ def batch_of(crops: Sequence[Crop], config: DetectorConfig, window: Window) -> B
     return Batch(
         features=torch.cat(features),
         coords=torch.cat(coords),
-        shape_zyx=(depth + 1, window.cells[1] * config.head.stride, window.cells[0] * config.head.stride),
+        shape_zyx=(depth, window.cells[1] * config.head.stride, window.cells[0] * config.head.stride),
         size=len(crops),
-        targets=collate([crop.targets for crop in crops]),
+        targets=_collated([crop.targets for crop in crops]),
     )
+
+
+def _collated(found: Sequence[tuple[TaskTargets, ...] | AnchorTargets]) -> tuple[TaskTargets, ...] | AnchorTargets:
+    anchors = [targets for targets in found if isinstance(targets, AnchorTargets)]
+    if anchors:
+        return collate_anchors(anchors)
+    return collate([targets for targets in found if not isinstance(targets, AnchorTargets)])

@@ -10,7 +10,7 @@ A row is a decorated point (`geometry.voxelize.pillar_points`), `coords` its pil
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx
@@ -109,7 +109,7 @@ def export_pillars(detector: Detector, path: Path) -> Graph:
 
 def _model(writer: _Pillars, capacity: int, columns: int, channels: int) -> onnx.ModelProto:
     grid = (1, *writer.size)
-    attributes = {"grid": grid, "max_points": capacity}
+    attributes: dict[str, Any] = {"grid": grid, "max_points": capacity}
     node = helper.make_node(NODE, INPUTS, OUTPUTS, name="pillars", domain=fn.DOMAIN, **fn.PLUGIN, **attributes)
     tensor = helper.make_tensor_value_info
     graph = helper.make_graph(

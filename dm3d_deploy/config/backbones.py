@@ -11,7 +11,7 @@ from dm3d_deploy.config.schema import Backbone2dConfig, Backbone3dConfig, VoxelC
 from dm3d_deploy.yaml_reader import Entry, Section
 
 SPARSE_STRIDE = 8
-SPARSE_CHANNELS = {
+SPARSE_CHANNELS: dict[str, tuple[int, ...]] = {
     "VoxelResBackBone8x": (16, 16, 32, 64, 128, 128),
     "VoxelBackBone8x": (16, 16, 32, 64, 64, 128),
 }

@@ -28,8 +28,8 @@ class BaseBEVBackbone(nn.Module):
             self.blocks.append(_block(channels, filters, layers, stride))
             channels = filters
         ups = zip(config.filters, config.upsample_strides, config.upsample_filters, strict=True)
-        for filters, stride, out in ups:
-            self.deblocks.append(nn.Sequential(_resizing(filters, out, stride), *_norm_relu(out)))
+        for filters, up, out in ups:
+            self.deblocks.append(nn.Sequential(_resizing(filters, out, up), *_norm_relu(out)))
 
     def forward(self, bev: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features h w"]:
         """All blocks' features, concatenated."""

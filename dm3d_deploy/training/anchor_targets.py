@@ -14,6 +14,7 @@ from torch import Tensor
 from dm3d_deploy.config import AnchorHeadConfig, ClassAnchors, DetectorConfig
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.geometry.anchors import anchor_places, cell_anchors, residuals_from_boxes
+from dm3d_deploy.geometry.boxes import select_boxes
 from dm3d_deploy.pointcloud import Boxes3D
 
 IGNORED, BACKGROUND = -1, 0
@@ -30,6 +31,14 @@ class AnchorTargets:
     residuals: Float32[Tensor, "batch anchors 7"]
     directions: Int64[Tensor, "batch anchors"]
 
+    def to(self, device: torch.device) -> AnchorTargets:
+        """The targets on a device."""
+        return AnchorTargets(
+            classes=self.classes.to(device),
+            residuals=self.residuals.to(device),
+            directions=self.directions.to(device),
+        )
+
 
 def anchor_targets(
     boxes: Boxes3D,
@@ -44,10 +53,13 @@ def anchor_targets(
 
     Within each class an anchor belongs to the object that it overlaps most if that is at least `matched`, or if no
     anchor of the class overlaps that object more; below `unmatched` it is background; between, it is ignored. Overlaps
-    are those of the boxes turned to the nearest axis. Labels are 0-based into `config.class_names`.
+    are those of the boxes turned to the nearest axis. Objects whose centre lies outside the window are left out. Labels
+    are 0-based into `config.class_names`.
     """
     x, y = anchor_places(config, head)
     rows, columns = shape if shape is not None else (y.shape[1], x.shape[1])
+    inside = _inside(boxes, config, head.stride, first, (rows, columns))
+    boxes, labels = select_boxes(boxes, inside), labels[inside]
     row, column = slice(first[0], first[0] + rows), slice(first[1], first[1] + columns)
     x, y = x[:, column], y[:, row]
     if x.shape[1] != columns or y.shape[1] != rows:
@@ -75,6 +87,16 @@ def anchor_targets(
         residuals=torch.from_numpy(residuals.reshape(1, -1, 7).astype(np.float32)),
         directions=torch.from_numpy(_directions(yaw, head)[None]),
     )
+
+
+def _inside(
+    boxes: Boxes3D, config: DetectorConfig, stride: int, first: tuple[int, int], shape: tuple[int, int]
+) -> Int64[np.ndarray, " inside"]:
+    """Indices of the boxes whose centre lies in the window."""
+    cell = stride * np.array(config.voxels.voxel_size_m[:2])
+    place = (boxes.centre[:, :2] - np.array(config.voxels.point_range_m[:2])) / cell - (first[1], first[0])
+    index: np.ndarray = np.flatnonzero(((place >= 0) & (place < (shape[1], shape[0]))).all(axis=1))
+    return index
 
 
 def collate_anchors(frames: Sequence[AnchorTargets]) -> AnchorTargets:

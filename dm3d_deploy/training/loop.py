@@ -8,16 +8,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dm3d_deploy.artifacts import disk_errors
-from dm3d_deploy.errors import Dm3dError, UsageError
+from dm3d_deploy.config import AnchorHeadConfig, CenterHeadConfig
+from dm3d_deploy.errors import Dm3dError, InternalError, UsageError
 from dm3d_deploy.models.backbone3d import bev_from_sparse
 from dm3d_deploy.models.detector import Detector
+from dm3d_deploy.models.pillars import PFNLayer
 from dm3d_deploy.models.sparse import SparseTensor
+from dm3d_deploy.training.anchor_losses import anchor_losses
+from dm3d_deploy.training.anchor_targets import AnchorTargets
 from dm3d_deploy.training.batch import Batch, BatchSource
 from dm3d_deploy.training.checkpoint import Progress, load_training, save_training
 from dm3d_deploy.training.log import LogRow, Report, ScoreRow, StepValues, write_row
@@ -85,13 +90,16 @@ def raw_maps(detector: Detector, batch: Batch, *, half_2d: bool) -> dict[str, Fl
     `half_2d` runs the dense part in bfloat16.
     """
     x = SparseTensor(batch.features, batch.coords, batch.shape_zyx, batch.size)
-    bev = bev_from_sparse(detector.backbone_3d(x)).contiguous(memory_format=torch.channels_last)
+    to_bev = detector.vfe if detector.over_pillars else detector.backbone_3d
+    bev = bev_from_sparse(to_bev(x)).contiguous(memory_format=torch.channels_last)
     with torch.autocast(bev.device.type, torch.bfloat16, enabled=half_2d):
         return detector.bev_to_heads(bev)
 
 
 def _first_weight(detector: Detector) -> nn.Parameter:
     """The weights that meet the raw columns; the last dimension runs over them."""
+    if detector.over_pillars:
+        return cast(nn.Parameter, cast(PFNLayer, detector.vfe.pfn_layers[0]).linear.weight)
     _, first = next(detector.backbone_3d.convolutions())
     return first.weight
 
@@ -99,6 +107,10 @@ def _first_weight(detector: Detector) -> nn.Parameter:
 def column_scale(detector: Detector) -> Float[Tensor, " columns"]:
     """The factors that bring the detector's columns to one size."""
     scale = [COLUMN_SCALE[name] for name in detector.config.voxels.columns]
+    pillars = detector.config.pillars
+    if pillars is not None:  # offsets within a pillar are small; the distance is a length like x and y
+        own = scale if pillars.absolute_xyz else scale[3:]
+        scale = [*own, *[1.0] * 6, *[COLUMN_SCALE["x"]] * pillars.with_distance]
     return torch.tensor(scale, device=_first_weight(detector).device)
 
 
@@ -117,10 +129,17 @@ def columns_multiplied(detector: Detector, scale: Float[Tensor, " columns"]) -> 
 
 def labelled_losses(detector: Detector, *, half_2d: bool) -> LossSource:
     """The losses of the detector's head against the targets of a batch."""
-    branches = [[b.name for b in task if b.name != "hm"] for task in detector.config.center_head.branches]
+    head = detector.config.head
 
     def losses(batch: Batch) -> Mapping[str, Tensor]:
-        found = center_losses(raw_maps(detector, batch, half_2d=half_2d), batch.targets, branches)
+        maps = raw_maps(detector, batch, half_2d=half_2d)
+        if isinstance(head, AnchorHeadConfig) and isinstance(batch.targets, AnchorTargets):
+            found = anchor_losses(maps, batch.targets, head)
+        elif isinstance(head, CenterHeadConfig) and not isinstance(batch.targets, AnchorTargets):
+            branches = [[b.name for b in task if b.name != "hm"] for task in head.branches]
+            found = center_losses(maps, batch.targets, branches)
+        else:
+            raise InternalError(f"a {type(head).__name__} cannot learn from {type(batch.targets).__name__}")
         return {"heat": found.heat, "box": found.box}
 
     return losses

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from dm3d_deploy.config import AnchorHeadConfig
 from dm3d_deploy.models.detector import Detector, PrunableLayer, prunable_layers
 
 HEAT_BIAS = -2.19  # a score of 0.1 everywhere (Lin et al. 2017, as OpenPCDet's CenterHead)
+ANCHOR_BIAS = -math.log(99)  # a score of 0.01 everywhere, as OpenPCDet's AnchorHeadSingle
 CENTRE_BIAS = 0.5  # the middle of the cell
 HEIGHT_BIAS_M = -0.9  # most objects stand below the sensor
 OUTPUT_DEVIATION = 0.02  # outputs start near their biases
@@ -30,7 +32,11 @@ def start_weights(detector: Detector, mean_sizes_m: Mapping[str, tuple[float, fl
             layer.weight.copy_(deviation * torch.randn(layer.weight.shape, generator=random))
             if isinstance(layer.module.bias, torch.Tensor):
                 layer.module.bias.zero_()
-        for task, names in enumerate(detector.config.center_head.classes_by_task):
+        head = detector.config.head
+        if isinstance(head, AnchorHeadConfig):
+            detector.get_parameter("dense_head.conv_cls.bias").fill_(ANCHOR_BIAS)
+            return
+        for task, names in enumerate(head.classes_by_task):
             _start_outputs(detector, task, [mean_sizes_m[name] for name in names])
 
 
