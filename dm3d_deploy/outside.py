@@ -37,6 +37,12 @@ def outside_digest(name: str, recipe: Recipe) -> str:
         if not path.is_file():
             raise CheckpointError(f"there is no checkpoint {path}.", fix="give the path of a .pth or .safetensors file")
         return digest_of_file(path)
+    if name == "start":
+        if recipe.start is None:
+            return "none"
+        if not Path(recipe.start).is_file():
+            raise CheckpointError(f"there are no weights {recipe.start} to start from.", fix="build the earlier round")
+        return digest_of_file(Path(recipe.start))
     if name == "frames":
         plan = frame_plan(recipe, load_config(recipe.model))
         files = sorted({ref.path for ref in plan.frames if ref.path is not None})

@@ -27,6 +27,7 @@ class Recipe:
     `model` is a name or a YAML path, `frames` is `simulated`, a file or a folder. Of the frames, `calibration_frames`
     rank and price the weights, `selection_frames` accept or refuse the recovery, `held_out_frames` only report.
     Average precision is counted on `score_frames` simulated scenes beside them, 0 for none.
+    `start` names weights that pruning starts from in place of the dense ones, those of an earlier round.
     `method` is DM3D or a baseline to hold it against; no `sketches` at all is the plain sum of paper-eq13.
     """
 
@@ -39,6 +40,7 @@ class Recipe:
     candidates: int = 3
     method: str = "dm3d"
     checkpoint: str | None = None
+    start: str | None = None
     frames: str = "simulated"
     scope: str = "backbone"
     patterns: str = "auto"

@@ -12,6 +12,7 @@ from dm3d_deploy.recipe import Recipe
 FILES = {
     "model_config": "model.yaml",
     "dense_weights": "weights/dense.safetensors",
+    "start_weights": "weights/start.safetensors",
     "model_info": "work/model.json",
     "frames": "work/frames.safetensors",
     "frames_info": "work/frames.json",
@@ -84,12 +85,18 @@ class RunContext:
         """Where a kind of file lies in this run."""
         return self.root / FILES[kind]
 
+    @property
+    def start(self) -> Path:
+        """The weights that pruning starts from: an earlier round's, else the dense ones."""
+        earlier = self.path("start_weights")
+        return earlier if earlier.is_file() else self.path("dense_weights")
+
 
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="load", says="read the detector", run="dm3d_deploy.steps.inputs:load",
-        writes=("model_config", "dense_weights", "model_info"), recipe=("model", "checkpoint", "seed"),
-        outside=("model", "checkpoint"),
+        writes=("model_config", "dense_weights", "model_info"), optional=("start_weights",),
+        recipe=("model", "checkpoint", "start", "seed"), outside=("model", "checkpoint", "start"),
     ),
     Stage(
         name="frames", says="gather point clouds", run="dm3d_deploy.steps.inputs:frames",
@@ -98,18 +105,19 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="gradients", says="sketch the detector's sensitivity", run="dm3d_deploy.steps.prune:gradients",
-        reads=("model_config", "dense_weights", "frames", "frames_info"),
+        reads=("model_config", "dense_weights", "start_weights", "frames", "frames_info"),
         writes=("gradients", "output_scale", "layers"),
         recipe=("scope", "sketches", "lambda_box", "lambda_score", "box_cells", "seed"), transient=True,
     ),
     Stage(
         name="curves", says="price every ratio of every layer", run="dm3d_deploy.steps.prune:curves",
-        reads=("dense_weights", "gradients", "layers"), writes=("curves", "scores"),
+        reads=("dense_weights", "start_weights", "gradients", "layers"), writes=("curves", "scores"),
         recipe=("method", "ratios", "damping", "kappa"),
     ),
     Stage(
         name="allocate", says="spend the budget", run="dm3d_deploy.steps.allocate:allocate",
-        reads=("model_config", "model_info", "dense_weights", "frames", "frames_info", "output_scale", "layers",
+        reads=("model_config", "model_info", "dense_weights", "start_weights", "frames", "frames_info", "output_scale",
+               "layers",
                "curves", "scores"),
         writes=("allocation",), outside=("profile",),
         recipe=("method", "target", "target_ms", "max_distortion", "cost", "profile", "candidates", "scope",
@@ -121,7 +129,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="recover", says="make good what pruning broke", run="dm3d_deploy.steps.recover:recover",
-        reads=("model_config", "dense_weights", "masks", "frames", "frames_info", "output_scale"),
+        reads=("model_config", "dense_weights", "start_weights", "masks", "frames", "frames_info", "output_scale"),
         writes=("pruned_weights", "recovery"),
         recipe=("recover", "distill_steps", "lambda_box", "lambda_score", "box_cells", "seed"),
     ),
@@ -142,7 +150,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="verify", says="compare with the detector in torch", run="dm3d_deploy.steps.verify:verify",
-        reads=("model_config", "dense_weights", "pruned_weights", "masks", "frames", "frames_info", "output_scale",
+        reads=("model_config", "dense_weights", "start_weights", "pruned_weights", "masks", "frames", "frames_info",
+               "output_scale",
                "bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d"),
         writes=("verification", "dense_detections", "pruned_detections"),
         recipe=("precision", "lambda_box", "lambda_score", "box_cells"),

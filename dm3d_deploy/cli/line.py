@@ -40,6 +40,7 @@ def build(
     method: Annotated[str, typer.Option(help="dm3d, or a baseline: uniform, erk, lamp, taylor, paper-eq13.")] = "dm3d",
     recover: Annotated[str, typer.Option(help="none, bn, reconstruct or distill, behind the masks.")] = "reconstruct",
     distill_steps: Annotated[int, typer.Option(help="Of --recover distill: steps on simulated crops.")] = 500,
+    rounds: Annotated[int, typer.Option(help="Prune gradually: rank, price and recover anew in each round.")] = 1,
     checkpoint: Annotated[Path | None, typer.Option(help="OpenPCDet .pth, or .safetensors.")] = None,
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
     scope: Annotated[str, typer.Option(help="What the budget counts: backbone (3D + 2D) or model.")] = "backbone",
@@ -71,10 +72,9 @@ def build(
     )  # fmt: skip
     root = out if out is not None else builder.default_out(recipe)
     if dry_run:
-        rows = builder.plan(recipe, root, first=first, last=last)
-        _print_plan(root, rows, as_json)
+        _print_plan(root, builder.plan(recipe, root, first=first, last=last), as_json)
         return
-    _build(recipe, root, first, last, quiet=quiet, as_json=as_json)
+    _build(recipe, root, (first, last), rounds, quiet=quiet, as_json=as_json)
 
 
 def _print_plan(root: Path, rows: list[Any], as_json: bool) -> None:
@@ -86,11 +86,16 @@ def _print_plan(root: Path, rows: list[Any], as_json: bool) -> None:
         typer.echo(f"{'keep' if row.fresh else 'run ':4}  {row.stage:10}  {row.reason}")
 
 
-def _build(recipe: Recipe, root: Path, first: str | None, last: str | None, *, quiet: bool, as_json: bool) -> None:
+def _build(
+    recipe: Recipe, root: Path, window: tuple[str | None, str | None], rounds: int, *, quiet: bool, as_json: bool
+) -> None:
     from dm3d_deploy import build as builder
+    from dm3d_deploy.rounds import earlier_rounds
+
+    first, last = window
 
     def go(watch: Any) -> None:
-        builder.build(recipe, root, first=first, last=last, watch=watch)
+        builder.build(earlier_rounds(recipe, root, rounds, watch=watch), root, first=first, last=last, watch=watch)
 
     try:
         watched(go, quiet=quiet or as_json, headline=" ".join(["dm3d-deploy", *sys.argv[1:]]))

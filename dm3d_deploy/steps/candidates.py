@@ -127,7 +127,7 @@ def _true_distortions(run: RunContext, candidates: Sequence[Candidate], frames: 
     pieces = Pieces(run, (1 + len(candidates)) * len(frames))
     dense = outputs_of(run, run.path("dense_weights"), frames, pieces.done)
     pieces.next_job(len(frames))
-    state = load_file(run.path("dense_weights"))
+    state = load_file(run.start)
     trial = run.root / "work" / ".candidate.safetensors"
     for candidate in candidates:
         masked = dict(state)

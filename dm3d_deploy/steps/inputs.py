@@ -44,6 +44,9 @@ def load(run: RunContext) -> None:
         )
     write_bytes(run.path("model_config"), config.text.encode())
     save_weights(detector, run.path("dense_weights"))
+    if run.recipe.start is not None:
+        load_checkpoint(detector, Path(run.recipe.start))
+        save_weights(detector, run.path("start_weights"))
     write_json(
         run.path("model_info"),
         {

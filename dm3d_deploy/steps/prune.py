@@ -49,7 +49,7 @@ def gradients(run: RunContext) -> None:
         "lambda_box": run.recipe.lambda_box,
         "lambda_score": run.recipe.lambda_score,
     }
-    job = frame_job(run, "gradients", frames, weights=run.path("dense_weights"), folder="gradients", settings=settings)
+    job = frame_job(run, "gradients", frames, weights=run.start, folder="gradients", settings=settings)
     run.pool.run(job, advanced=lambda done, _: run.watch.advanced(len(frames) + 2 * done, total))
     write_json(run.path("output_scale"), scale.as_json())
     write_json(run.path("layers"), layers_as_json(layers))
@@ -63,7 +63,7 @@ def curves(run: RunContext) -> None:
     grid = ratio_grid(run.recipe.ratios)
     rows: list[dict[str, Any]] = []
     scores: dict[str, np.ndarray] = {}
-    with safe_open(run.path("dense_weights"), framework="np") as weights:
+    with safe_open(run.start, framework="np") as weights:
         for done, name in enumerate(names):
             layer = layers[name]
             weight = weights.get_tensor(f"{name}.weight")

@@ -56,7 +56,7 @@ def recover(run: RunContext) -> None:
 
 def masked_weights(run: RunContext) -> State:
     """The weights that pruning started from, zero where the masks are."""
-    state = load_file(run.path("dense_weights"))
+    state = load_file(run.start)
     masks = load_file(run.path("masks"))
     return {**state, **{f"{name}.weight": state[f"{name}.weight"] * keep for name, keep in masks.items()}}
 

@@ -82,8 +82,8 @@ def _distortions(
 def _before_recovery(
     run: RunContext, dense: Mapping[int, Maps], frames: tuple[int, ...], pieces: Pieces
 ) -> list[float]:
-    """Distortions of the masked weights behind the dense model's own batch norms."""
-    state = load_file(run.path("dense_weights"))
+    """Distortions of the weights that pruning started from, masked."""
+    state = load_file(run.start)
     for name, keep in load_file(run.path("masks")).items():
         state[f"{name}.weight"] = state[f"{name}.weight"] * keep
     masked = run.root / "work" / ".masked.safetensors"
