@@ -143,9 +143,10 @@ def distil(
 
     `masks` (by layer) say which weights may differ from zero. `scale` is by default that of the teacher's answers to
     the first batches. Batch norms keep their statistics: those of a few crops would add noise that the teacher, which
-    uses its own, does not have. Raises UsageError when the two detectors answer with different maps.
+    uses its own, does not have. Raises UsageError when the two detectors answer with different maps, and for a head
+    that is no CenterHead.
     """
-    if detector.config.head != teacher.config.head or detector.config.voxels != teacher.config.voxels:
+    if detector.config.center_head != teacher.config.head or detector.config.voxels != teacher.config.voxels:
         raise UsageError(
             f"{detector.config.name} and its teacher {teacher.config.name} answer different questions.",
             fix="distil from a detector with the same voxels, classes and head",

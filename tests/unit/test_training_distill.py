@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_sample import CONFIG, batches, detector
+from zoo_sample import variant
 
 from dm3d_deploy.errors import CheckpointError, UsageError
 from dm3d_deploy.models.detector import build_detector, prunable_layers
@@ -149,5 +150,7 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path) -> None:
         with pytest.raises(CheckpointError, match=r"the mask of .* fits no layer of small"):
             zeros_held(made, masks)
     other = build_detector(replace(CONFIG, name="other", voxels=replace(CONFIG.voxels, max_voxels=1)))
+    with pytest.raises(UsageError, match="small-second has an anchor head, and this needs a CenterHead"):
+        distil(build_detector(variant("second")), made, batches, TrainSettings(steps=1), out=tmp_path)
     with pytest.raises(UsageError, match="small and its teacher other answer different questions"):
         distil(made, other, batches, TrainSettings(steps=1), out=tmp_path)
