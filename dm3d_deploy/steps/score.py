@@ -30,7 +30,7 @@ def score(run: RunContext) -> None:
     """Score the dense, the masked and the recovered weights in torch, or say why there is nothing to score."""
     config = load_config(run.path("model_config"))
     reason = _why_not(run, config)
-    found = {"data": None, "measure": None, "means": [], "classes": [], "notes": []}
+    found: dict[str, Any] = {"data": None, "measure": None, "means": [], "classes": [], "notes": []}
     if reason is None:
         try:
             found = _scored(run, config)
