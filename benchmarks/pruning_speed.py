@@ -123,7 +123,7 @@ def main() -> None:
     allocation = allocate(items, budget=budget)
     seconds["allocate"] = time.perf_counter() - start
     start = time.perf_counter()
-    masks_of(layers, kept_scores, allocation)
+    masks_of(layers, kept_scores, allocation, {})
     seconds["masks"] = time.perf_counter() - start
 
     weights = sum(layer.weights for layer in layers)

@@ -10,7 +10,7 @@ from typing import Any
 from dm3d_deploy.errors import UsageError, nearest
 
 SCOPES = ("backbone", "model")
-PATTERNS = ("auto", "unstructured")
+PATTERNS = ("auto", "unstructured", "channels")
 PRECISIONS = ("fp16", "fp32")
 COSTS = ("macs", "executed", "latency")
 METHODS = ("dm3d", "uniform", "erk", "lamp", "taylor", "paper-eq13")
@@ -111,6 +111,11 @@ class Recipe:
         return f"{self.target_ms:g}ms" if self.target_ms is not None else f"distortion{self.max_distortion:g}"
 
     def _check_method(self) -> None:
+        if self.patterns == "channels" and (self.cost != "executed" or self.target is None):
+            raise UsageError(
+                "--patterns channels takes channels and blocks whole, by a share of the executed MACs only.",
+                fix="give --target 0.5 and --cost executed",
+            )
         if self.method != "dm3d" and (self.target is None or self.cost != "macs"):
             raise UsageError(
                 f"--method {self.method} knows no budget but a share of MACs.", fix="give --target 0.3 and no --cost"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,7 +15,7 @@ from dm3d_deploy.errors import InternalError, UsageError
 Part = Literal["3d", "2d", "head"]
 Kind = Literal["sparse", "linear", "conv2d", "deconv2d"]
 DIMENSIONS = {"sparse": 5, "linear": 2, "conv2d": 4, "deconv2d": 4}
-Pattern = Literal["unstructured", "2:4", "tile", "dense"]
+Pattern = Literal["unstructured", "2:4", "tile", "channel", "depth", "dense"]
 Scope = Literal["backbone", "model"]
 Cost = Literal["macs", "executed", "latency"]
 Unit = Literal["macs", "executed", "ms"]
@@ -173,7 +174,8 @@ class Allocation:
 
     `distortion` is predicted (the sum over layers); `lower_bound` is the Lagrangian bound below which no choice of
     these points can get at this budget. Where `max_distortion` was asked for instead, the cost is what was minimised,
-    `lower_bound` bounds the cost, and `budget` is what was reached.
+    `lower_bound` bounds the cost, and `budget` is what was reached. `widths` holds the channels that are left of each
+    group that loses some, `dropped` the residual blocks of which the identity is left.
     """
 
     choices: tuple[Choice, ...]
@@ -182,6 +184,8 @@ class Allocation:
     budget: Budget
     lower_bound: float
     max_distortion: float | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [choice.layer for choice in self.choices]

@@ -22,7 +22,7 @@ def executed_of_choice(layer: Layer, choice: Choice) -> float:
 
     Dense and unstructured run everything, 2:4 one half, tiles what they keep: whole tiles.
     """
-    if choice.ratio == 0 or choice.pattern in ("dense", "unstructured"):
+    if choice.ratio == 0 or choice.pattern in ("dense", "unstructured", "channel"):
         return layer.macs
     if choice.pattern == "2:4":
         return TWO_FOUR_SHARE * layer.macs

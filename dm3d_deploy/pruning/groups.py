@@ -89,7 +89,7 @@ def channel_groups(layers: Sequence[Layer]) -> tuple[ChannelGroup, ...]:
     """The groups of a detector from its layers in forward order; what no layer reads (final outputs) is in none."""
     walk = _Walk()
     inner: list[_Stream] = []
-    for layer in (layer for layer in layers if layer.part == "3d"):
+    for layer in (layer for layer in layers if layer.part == "3d" and layer.kind != "linear"):  # pillars stay whole
         if layer.name.endswith(".conv1"):
             walk.read(layer, walk.stream)
             inner = walk.write(layer, block=layer.name.removesuffix(".conv1"))

@@ -35,11 +35,11 @@ def kept_macs(layer: Layer, keep: Bool[np.ndarray, "*shape"]) -> float:
 def executed_macs(layer: Layer, keep: Bool[np.ndarray, "*shape"], pattern: Pattern) -> float:
     """MACs per frame that hardware built for `pattern` runs under a mask in native shape.
 
-    Dense and unstructured run everything; 2:4 runs one half; tiles run each tile that holds a kept weight, at its real
-    channels (what an engine adds to fill its own blocks is not counted).
+    Dense, unstructured and what is left between kept channels run everything; 2:4 runs one half; tiles run each tile
+    that holds a kept weight, at its real channels (what an engine adds to fill its own blocks is not counted).
     """
     taps = taps_from_native(layer, keep)
-    if pattern in ("dense", "unstructured"):
+    if pattern in ("dense", "unstructured", "channel"):
         return layer.macs
     if pattern == "2:4":
         if not is_2_4(taps):

@@ -12,6 +12,7 @@ import numpy as np
 
 from dm3d_deploy.artifacts import write_json
 from dm3d_deploy.device import devices_from
+from dm3d_deploy.errors import InfeasibleBudget
 from dm3d_deploy.pruning.allocation import allocate as allocate_budget
 from dm3d_deploy.pruning.allocation import cheapest_within, items_for
 from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Cost, Curve, Layer, Pattern, Scope
@@ -23,6 +24,7 @@ from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.baseline import baseline_allocation
 from dm3d_deploy.steps.candidates import Candidate, candidates_of, verified
 from dm3d_deploy.steps.layers import allocation_as_json, in_scope, read_layers
+from dm3d_deploy.steps.slim import slim_candidates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,9 @@ def allocate(run: RunContext) -> None:
     offer = offer_of(run, curves)
     profile = profile_of(run)
     prices = prices_of(recipe, offer, profile)
-    if recipe.method == "dm3d":
+    if recipe.method == "dm3d" and recipe.cost == "executed" and recipe.patterns != "unstructured":
+        found = _executed(run, curves, offer, prices)
+    elif recipe.method == "dm3d":
         found = candidates_of(recipe, offer.items, lambda items, limit: _solve(recipe, items, prices, limit))
     else:
         budget = _budget(recipe, prices.dense)
@@ -71,6 +75,29 @@ def allocate(run: RunContext) -> None:
     )
 
 
+def _executed(run: RunContext, curves: Sequence[Curve], offer: Offer, prices: Prices) -> list[Candidate]:
+    """Candidates by what hardware runs: patterns alone where the devices have some, and channels and blocks."""
+    recipe = run.recipe
+    offered = {cast(Pattern, pattern) for device in devices_from(recipe.device) for pattern in device.patterns}
+    mixed = recipe.patterns == "auto" and bool(offered)
+    found: list[Candidate] = []
+    refused: InfeasibleBudget | None = None
+    if mixed:
+        try:
+            found += candidates_of(recipe, offer.items, lambda items, limit: _solve(recipe, items, prices, limit))
+        except InfeasibleBudget as error:
+            refused = error
+    if recipe.target is None:
+        return found
+    try:
+        found += slim_candidates(run, curves, offered, _budget(recipe, prices.dense), mixed=mixed)
+    except InfeasibleBudget as error:
+        refused = error
+    if not found and refused is not None:
+        raise refused
+    return found
+
+
 def offer_of(run: RunContext, curves: Sequence[Curve]) -> Offer:
     """Every layer in scope with the choices that the target devices and its curves leave it."""
     offered = {cast(Pattern, pattern) for device in devices_from(run.recipe.device) for pattern in device.patterns}
@@ -84,12 +111,16 @@ def offer_of(run: RunContext, curves: Sequence[Curve]) -> Offer:
         patterns, skip = eligible_patterns(layer, offered)
         if skip is not None:
             skipped.append({"layer": skip.layer, "reason": skip.reason})
+        if patterns != ("dense",) and layer.name not in by_layer:
+            reason = "no calibration frame gives it a gradient, so pruning it would look free: it stays dense"
+            patterns, skip = ("dense",), None
+            skipped.append({"layer": layer.name, "reason": reason})
         if patterns == ("dense",):
             dense.append(layer)
             continue
         usable = [curve for curve in by_layer[layer.name] if curve.pattern in patterns]
         layers.append(layer)
-        items.append(items_for(layer, usable, run.recipe.patterns))
+        items.append(items_for(layer, usable, "auto" if run.recipe.patterns == "channels" else run.recipe.patterns))
     counted = {layer.name for layer in scope}
     return Offer(
         layers=tuple(layers),

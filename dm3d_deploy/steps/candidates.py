@@ -13,12 +13,12 @@ from safetensors.numpy import load_file, save
 
 from dm3d_deploy.artifacts import write_bytes
 from dm3d_deploy.errors import InfeasibleBudget, InternalError, VerificationFailed
-from dm3d_deploy.pruning.contracts import Allocation, Choice
-from dm3d_deploy.pruning.masks import masks_of
+from dm3d_deploy.pruning.contracts import Allocation, Choice, WeightMask
+from dm3d_deploy.pruning.masks import masked_state, masks_of
 from dm3d_deploy.recipe import Recipe
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.frame_work import Maps, Pieces, distortions, frames_of, outputs_of
-from dm3d_deploy.steps.layers import read_layers
+from dm3d_deploy.steps.layers import read_group_curves, read_layers
 
 TIE = 0.1
 HALVINGS = 6
@@ -130,10 +130,8 @@ def _true_distortions(run: RunContext, candidates: Sequence[Candidate], frames: 
     state = load_file(run.start)
     trial = run.root / "work" / ".candidate.safetensors"
     for candidate in candidates:
-        masked = dict(state)
-        for mask in _masks(run, candidate.allocation):
-            masked[f"{mask.layer}.weight"] = masked[f"{mask.layer}.weight"] * mask.keep
-        write_bytes(trial, save(masked))
+        masks = {mask.layer: mask.keep for mask in masks_in(run, candidate.allocation)}
+        write_bytes(trial, save(masked_state(state, masks)))
         found: list[Maps] = outputs_of(run, trial, frames, pieces.done)
         pieces.next_job(len(frames))
         trial.unlink()
@@ -141,7 +139,8 @@ def _true_distortions(run: RunContext, candidates: Sequence[Candidate], frames: 
         yield math.fsum(each) / len(each)
 
 
-def _masks(run: RunContext, allocation: Allocation) -> Any:
+def masks_in(run: RunContext, allocation: Allocation) -> tuple[WeightMask, ...]:
+    """The masks of an allocation, from the run's scores and channel curves."""
     with safe_open(run.path("scores"), framework="np") as file:
-        scores = {choice.layer: file.get_tensor(choice.layer) for choice in allocation.choices}
-    return masks_of(read_layers(run.path("layers")), scores, allocation)
+        scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a mapping
+    return masks_of(read_layers(run.path("layers")), scores, allocation, read_group_curves(run.path("channels")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from safetensors import safe_open
@@ -14,7 +14,12 @@ from dm3d_deploy.config import load_config
 from dm3d_deploy.device import devices_from, rtx_targets, stamp_here
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.pointcloud import PointCloud
+from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.stages import FILES, RunContext
+from dm3d_deploy.steps.layers import read_allocation, read_group_curves, read_layers
+
+if TYPE_CHECKING:
+    from dm3d_deploy.models.detector import Detector
 
 WARMUP_ROUNDS = 1
 
@@ -35,6 +40,8 @@ def export(run: RunContext) -> None:
     for weights, (head, backbone) in kinds.items():
         detector = build_detector(config)
         load_checkpoint(detector, run.path(weights))
+        if weights == "pruned_weights":
+            detector = without_channels(run, detector)
         graphs.append(_row(head, export_bev_head(detector, run.path(head), precision=precision)))
         run.watch.advanced(len(graphs), 4)
         cap, plan = config.voxels.max_voxels, FILES["plan"] if backbone == "backbone3d" else ""
@@ -48,6 +55,21 @@ def export(run: RunContext) -> None:
             check_graph(run.path(kind))
     verdicts = [asdict(verdict) for verdict in sparsity_of(run.path("bev_head"))]
     write_json(run.path("export_info"), {"graphs": graphs, "sparsity": verdicts})
+
+
+def without_channels(run: RunContext, detector: Detector) -> Detector:
+    """The detector without what the allocation took whole, its weights saved; the same one if that is nothing."""
+    from dm3d_deploy.models.checkpoints import save_weights
+    from dm3d_deploy.models.surgery import smaller_detector
+
+    allocation = read_allocation(run.path("allocation"))
+    curves = read_group_curves(run.path("channels"))
+    narrow = Narrowing(read_layers(run.path("layers")), curves, allocation.widths, allocation.dropped)
+    if not narrow.sides and not narrow.dropped:
+        return detector
+    small = smaller_detector(detector, narrow.sides, narrow.dropped)
+    save_weights(small, run.path("small_weights"))
+    return small
 
 
 def _row(kind: str, graph: Graph) -> dict[str, Any]:

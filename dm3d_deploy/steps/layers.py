@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from dm3d_deploy.pruning.channels import GroupCurve
 from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Kind, Layer, Part
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def allocation_as_json(allocation: Allocation) -> dict[str, Any]:
         "lower_bound": allocation.lower_bound,
         "gap": allocation.gap,
         "share": allocation.share,
+        "widths": dict(allocation.widths),
+        "dropped": list(allocation.dropped),
         "choices": [
             {
                 "layer": c.layer, "pattern": c.pattern, "step": c.step, "ratio": c.ratio, "distortion": c.distortion,
@@ -107,4 +110,33 @@ def read_allocation(path: Path) -> Allocation:
         cost=data["cost"],
         budget=Budget(**data["budget"]),
         lower_bound=data["lower_bound"],
+        widths=data["widths"],
+        dropped=tuple(data["dropped"]),
     )
+
+
+def group_curves_as_json(curves: Sequence[GroupCurve]) -> list[dict[str, Any]]:
+    """Plain data."""
+    return [
+        {
+            "group": curve.group,
+            "order": curve.order.tolist(),
+            "widths": curve.widths.tolist(),
+            "distortion": curve.distortion.tolist(),
+        }
+        for curve in curves
+    ]
+
+
+def read_group_curves(path: Path) -> dict[str, GroupCurve]:
+    """The curves that `group_curves_as_json` wrote, by group."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        row["group"]: GroupCurve(
+            group=row["group"],
+            order=np.asarray(row["order"], dtype=np.int64),
+            widths=np.asarray(row["widths"], dtype=np.int64),
+            distortion=np.asarray(row["distortion"], dtype=np.float64),
+        )
+        for row in rows
+    }

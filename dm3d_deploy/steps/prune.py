@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,29 @@ from safetensors.numpy import load_file, save
 
 from dm3d_deploy.artifacts import write_bytes, write_json
 from dm3d_deploy.config import load_config
+from dm3d_deploy.pruning.channels import GroupCurve, group_curve
 from dm3d_deploy.pruning.contracts import Curve, Layer, Pattern
 from dm3d_deploy.pruning.curves import layer_curve
+from dm3d_deploy.pruning.groups import ChannelGroup, channel_groups
 from dm3d_deploy.pruning.macs import executed_macs, kept_macs
-from dm3d_deploy.pruning.masks import masks_of
+from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import eligible_patterns, is_2_4, ratio_grid, taps_from_native
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.baseline import PAPER, printed_objective, scores_of
+from dm3d_deploy.steps.candidates import masks_in
 from dm3d_deploy.steps.frame_work import frame_job, frames_of
-from dm3d_deploy.steps.layers import in_scope, layers_as_json, layers_of, read_allocation, read_layers
+from dm3d_deploy.steps.layers import (
+    group_curves_as_json,
+    in_scope,
+    layers_as_json,
+    layers_of,
+    read_allocation,
+    read_group_curves,
+    read_layers,
+)
 
+CHANNEL_MULTIPLE = 8  # what a GPU's fp16 tiles and ONNX Runtime's blocked layout pay for at once
 ALL_PATTERNS: tuple[Pattern, ...] = ("unstructured", "2:4", "tile")
 
 
@@ -42,7 +55,7 @@ def gradients(run: RunContext) -> None:
     for file in files:
         file.unlink()
     settings = {
-        "layers": [layer.name for layer in in_scope(layers, run.recipe.scope) if not layer.final],
+        "layers": _sketched(layers, run.recipe.scope),
         "scale": scale.as_json(),
         "sketches": run.recipe.sketches,
         "seed": run.recipe.seed,
@@ -55,11 +68,26 @@ def gradients(run: RunContext) -> None:
     write_json(run.path("layers"), layers_as_json(layers))
 
 
+def _sketched(layers: tuple[Layer, ...], scope: str) -> list[str]:
+    """The layers whose weights may go, and those that read channels which may go."""
+    own = {layer.name for layer in in_scope(layers, scope) if not layer.final}
+    readers = {slot.layer for group in _groups_in(layers, scope) for slot in group.read}
+    return [layer.name for layer in layers if layer.name in own | readers]
+
+
+def _groups_in(layers: tuple[Layer, ...], scope: str) -> list[ChannelGroup]:
+    """The groups that only layers in scope write."""
+    counted = {layer.name for layer in in_scope(layers, scope)}
+    return [group for group in channel_groups(layers) if all(slot.layer in counted for slot in group.written)]
+
+
 def curves(run: RunContext) -> None:
     """Rank every weight and price every ratio of every layer, for each pattern that the layer can take."""
     layers = {layer.name: layer for layer in read_layers(run.path("layers"))}
     handles = [safe_open(file, framework="np") for file in sorted(run.path("gradients").iterdir())]
-    names = [name for name in layers if name in set(handles[0].keys())]
+    sketched = set(handles[0].keys())
+    names = [layer.name for layer in in_scope(tuple(layers.values()), run.recipe.scope) if layer.name in sketched]
+    names = [name for name in names if not layers[name].final]
     grid = ratio_grid(run.recipe.ratios)
     rows: list[dict[str, Any]] = []
     scores: dict[str, np.ndarray] = {}
@@ -68,6 +96,8 @@ def curves(run: RunContext) -> None:
             layer = layers[name]
             weight = weights.get_tensor(f"{name}.weight")
             gradient = np.concatenate([handle.get_tensor(name) for handle in handles])
+            if layer.part == "head" and not gradient.any():  # a branch that the training left dead: it stays as it is
+                continue
             scores[name] = scores_of(run.recipe.method, weight, gradient, run.recipe.damping)
             for pattern in eligible_patterns(layer, ALL_PATTERNS)[0]:
                 curve = layer_curve(layer, weight, gradient, scores[name], pattern, grid, kappa=run.recipe.kappa)
@@ -77,8 +107,26 @@ def curves(run: RunContext) -> None:
                         layer, weight, gradient, scores[name], grid, run.recipe.kappa
                     )
             run.watch.advanced(done + 1, len(names))
+        groups = _groups_in(tuple(layers.values()), run.recipe.scope)
+        made = (_channel_curve(run, group, layers, weights, handles) for group in groups)
+        found = [curve for curve in made if curve is not None]
     write_bytes(run.path("scores"), save(scores))
     write_json(run.path("curves"), rows)
+    write_json(run.path("channels"), group_curves_as_json(found))
+
+
+def _channel_curve(
+    run: RunContext, group: ChannelGroup, layers: Mapping[str, Layer], weights: Any, handles: Sequence[Any]
+) -> GroupCurve | None:
+    """None where no frame gives the group's readers a gradient: pruning it would look free."""
+    readers = {slot.layer for slot in group.read}
+    gradients = {name: np.concatenate([handle.get_tensor(name) for handle in handles]) for name in readers}
+    if not any(gradient.any() for gradient in gradients.values()):
+        return None
+    return group_curve(
+        group, layers, {name: weights.get_tensor(f"{name}.weight") for name in readers}, gradients,
+        multiple=CHANNEL_MULTIPLE, kappa=run.recipe.kappa, damping=run.recipe.damping,
+    )  # fmt: skip
 
 
 def _curve_as_json(curve: Curve) -> dict[str, Any]:
@@ -96,14 +144,15 @@ def mask(run: RunContext) -> None:
     """Turn the allocation into masks, and count what they keep and what hardware then executes."""
     layers = read_layers(run.path("layers"))
     allocation = read_allocation(run.path("allocation"))
-    with safe_open(run.path("scores"), framework="np") as file:
-        scores = {choice.layer: file.get_tensor(choice.layer) for choice in allocation.choices}
-    masks = {m.layer: m for m in masks_of(layers, scores, allocation)}
+    masks = {m.layer: m for m in masks_in(run, allocation)}
+    narrow = Narrowing(layers, read_group_curves(run.path("channels")), allocation.widths, allocation.dropped)
     rows = []
     for layer in layers:
         found = masks.get(layer.name)
         keep = found.keep if found is not None else np.ones(layer.shape, dtype=np.bool_)
         pattern = "dense" if found is None or keep.all() else found.pattern
+        left, kept = narrow.of(layer), narrow.take(layer, keep)
+        gone = narrow.gone(layer)
         rows.append(
             {
                 "layer": layer.name,
@@ -111,8 +160,8 @@ def mask(run: RunContext) -> None:
                 "kept_weights": int(np.count_nonzero(keep)),
                 "dense_macs": layer.macs,
                 "kept_macs": kept_macs(layer, keep),
-                "executed_macs": executed_macs(layer, keep, pattern),
-                "legal_2_4": is_2_4(taps_from_native(layer, keep)) if _may_be_2_4(layer) else None,
+                "executed_macs": 0.0 if gone else executed_macs(left, kept, pattern),
+                "legal_2_4": is_2_4(taps_from_native(left, kept)) if _may_be_2_4(left) else None,
             }
         )
     write_bytes(run.path("masks"), save({name: np.ascontiguousarray(m.keep) for name, m in sorted(masks.items())}))

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save
 
 from dm3d_deploy.artifacts import write_bytes, write_json
 from dm3d_deploy.config import load_config
+from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.pruning.recovery import STEPS_OF, Acceptance, judge, mean_statistics
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.frame_work import Maps, Pieces, distortions, frame_job, frames_of, outputs_of
@@ -56,9 +57,7 @@ def recover(run: RunContext) -> None:
 
 def masked_weights(run: RunContext) -> State:
     """The weights that pruning started from, zero where the masks are."""
-    state = load_file(run.start)
-    masks = load_file(run.path("masks"))
-    return {**state, **{f"{name}.weight": state[f"{name}.weight"] * keep for name, keep in masks.items()}}
+    return masked_state(load_file(run.start), load_file(run.path("masks")))
 
 
 def _as_json(asked: str, rows: list[Acceptance], judged: bool) -> dict[str, Any]:
@@ -172,7 +171,8 @@ def _distillation(run: RunContext, state: State, trials: _Trials) -> State:
         torch.set_num_threads(threads)
         shutil.rmtree(folder, ignore_errors=True)
     trials.pieces.next_job(steps)
-    return {name: value.numpy() for name, value in student.state_dict().items()}
+    trained = {name: value.numpy() for name, value in student.state_dict().items()}
+    return masked_state(trained, load_file(run.path("masks")))
 
 
 _MAKERS: dict[str, Callable[[RunContext, State, _Trials], State]] = {

@@ -42,6 +42,8 @@ WHY = {
     "unstructured": "pruned freely below one half, where no hardware form would save time",
     "2:4": "two of four along the input channels, the form of sparse tensor cores",
     "tile": "whole tiles of (offset, input channels, output channels), which a sparse 3D engine can skip",
+    "channel": "whole channels, removed from the files: nothing multiplies them any more",
+    "depth": "in a residual block of which the identity is left",
 }
 WHY_UNSTRUCTURED_MODE = "pruned freely, as the paper does: saves nominal multiplications, no time on hardware"
 
@@ -260,6 +262,8 @@ def _gain(pattern: str, verdict: Mapping[str, Any] | None) -> str:
         return str(verdict["reason"])
     if pattern == "tile":
         return "skipped tiles are not computed by a sparse 3D engine; not measured"
+    if pattern in ("channel", "depth"):
+        return "not in the exported files any more, on any device"
     return "none" if pattern == "dense" else "none: zeros among weights that are all multiplied"
 
 

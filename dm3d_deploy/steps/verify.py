@@ -17,6 +17,7 @@ from dm3d_deploy.evidence import Comparison, Tolerance, compare_arrays
 from dm3d_deploy.geometry.decode import decoded
 from dm3d_deploy.geometry.matching import BoxTolerance, boxes_comparison
 from dm3d_deploy.pointcloud import Detections, Voxels
+from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.reporting.detection_files import detections_to_json
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.deploy import shown_cloud
@@ -83,9 +84,7 @@ def _before_recovery(
     run: RunContext, dense: Mapping[int, Maps], frames: tuple[int, ...], pieces: Pieces
 ) -> list[float]:
     """Distortions of the weights that pruning started from, masked."""
-    state = load_file(run.start)
-    for name, keep in load_file(run.path("masks")).items():
-        state[f"{name}.weight"] = state[f"{name}.weight"] * keep
+    state = masked_state(load_file(run.start), load_file(run.path("masks")))
     masked = run.root / "work" / ".masked.safetensors"
     write_bytes(masked, save(state))
     found = outputs_of(run, masked, frames, pieces.done)

@@ -54,7 +54,7 @@ def items(mode: str) -> list[tuple[Choice, ...]]:
 def test_masks_keep_what_was_allocated_and_never_more_than_the_target(mode: str, target: float, fixed: float) -> None:
     budget = Budget(value=target, denominator=DENSE * (1 + fixed))
     allocation = allocate(items(mode), budget=budget, fixed_cost=DENSE * fixed)
-    masks = masks_of(LAYERS, SCORES, allocation)
+    masks = masks_of(LAYERS, SCORES, allocation, {})
     kept = sum(kept_macs(layer, mask.keep) for layer, mask in zip(LAYERS, masks, strict=True))
     assert kept + DENSE * fixed == pytest.approx(allocation.cost, rel=1e-12)
     assert allocation.share <= target * (1 + 1e-12)
@@ -73,7 +73,7 @@ def test_a_target_of_one_prunes_nothing() -> None:
         assert [choice.ratio for choice in allocation.choices] == [0.0] * len(LAYERS)
         assert allocation.distortion == 0
         assert allocation.gap == 0
-        assert all(mask.keep.all() for mask in masks_of(LAYERS, SCORES, allocation))
+        assert all(mask.keep.all() for mask in masks_of(LAYERS, SCORES, allocation, {}))
 
 
 def test_what_each_mode_offers() -> None:

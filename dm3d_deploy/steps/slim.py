@@ -1,0 +1,195 @@
+"""Allocations that take channels and residual blocks whole, alone or before patterns within the layers that are left.
+
+Two levels, as a layer's cost is a product: first the widths down to a share of the cost, then the knapsack over
+patterns of the narrowed layers. Several shares between none and all make several candidates; a true forward picks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
+
+from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.errors import InfeasibleBudget
+from dm3d_deploy.pruning.allocation import allocate, items_for
+from dm3d_deploy.pruning.channels import GroupCurve, Slimming, slimmed
+from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Curve, Layer, Pattern
+from dm3d_deploy.pruning.costs import executed_costs
+from dm3d_deploy.pruning.groups import ChannelGroup, channel_groups
+from dm3d_deploy.pruning.macs import kept_macs
+from dm3d_deploy.pruning.masks import masked_state
+from dm3d_deploy.pruning.narrowed import Narrowing
+from dm3d_deploy.pruning.patterns import eligible_patterns, prune_step
+from dm3d_deploy.stages import RunContext
+from dm3d_deploy.steps.candidates import Candidate
+from dm3d_deploy.steps.frame_work import Pieces, distortions, frames_of, outputs_of
+from dm3d_deploy.steps.layers import in_scope, read_group_curves, read_layers
+
+BLOCK_FRAMES = 2
+# Of the way from the dense cost to the target, on a logarithmic scale: what channels save before patterns do the rest.
+CHANNELS_FIRST = (0.35, 0.7)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """What can go whole: the layers in scope, the groups, their curves, and the distortion of each block's identity."""
+
+    every: tuple[Layer, ...]
+    layers: tuple[Layer, ...]
+    groups: tuple[ChannelGroup, ...]
+    curves: Mapping[str, GroupCurve]
+    blocks: Mapping[str, float]
+
+
+def slim_candidates(
+    run: RunContext, curves: Sequence[Curve], offered: set[Pattern], budget: Budget, *, mixed: bool
+) -> list[Candidate]:
+    """Allocations within a budget of executed MACs; `mixed` adds those that go on with patterns behind some widths.
+
+    InfeasibleBudget when even the narrowest widths without any block cost more.
+    """
+    every = read_layers(run.path("layers"))
+    whole = Whole(
+        every=every,
+        layers=in_scope(every, run.recipe.scope),
+        groups=channel_groups(every),
+        curves=read_group_curves(run.path("channels")),
+        blocks=block_distortions(run, in_scope(every, run.recipe.scope)),
+    )
+    ways = (True, False) if whole.blocks else (False,)
+    found = [_channels_only(whole, budget, with_blocks) for with_blocks in ways]
+    if mixed and offered:
+        with safe_open(run.path("scores"), framework="np") as file:
+            scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a mapping
+        for way in CHANNELS_FIRST:
+            found.append(_then_patterns(whole, curves, offered, budget, budget.value**way, scores))
+    made = [candidate for candidate in found if candidate is not None]
+    if not made:
+        raise _out_of_reach(whole, budget)
+    return made
+
+
+def _slimmed(whole: Whole, limit: float, *, blocks: bool) -> Slimming | None:
+    return slimmed(whole.layers, whole.groups, whole.curves, whole.blocks if blocks else {}, limit=limit)
+
+
+def _channels_only(whole: Whole, budget: Budget, blocks: bool) -> Candidate | None:
+    found = _slimmed(whole, budget.limit, blocks=blocks)
+    if found is None:
+        return None
+    narrow = Narrowing(whole.every, whole.curves, found.widths, found.dropped)
+    choices = tuple(_whole_choice(narrow, layer) for layer in whole.layers)
+    return Candidate(
+        name="channels and blocks" if blocks else "channels",
+        allocation=_allocation(choices, found, budget, math.fsum(choice.cost for choice in choices)),
+    )
+
+
+def _whole_choice(narrow: Narrowing, layer: Layer) -> Choice:
+    """A layer that keeps everything between its kept channels, or nothing in a block that goes."""
+    if narrow.gone(layer):
+        return Choice(layer=layer.name, pattern="depth", step=0, ratio=1.0, distortion=0.0, cost=0.0)
+    left = narrow.of(layer)
+    pattern: Pattern = "channel" if narrow.touches(layer) else "dense"
+    ratio = 1 - left.weights / layer.weights
+    return Choice(layer=layer.name, pattern=pattern, step=0, ratio=ratio, distortion=0.0, cost=left.macs)
+
+
+def _allocation(choices: tuple[Choice, ...], found: Slimming, budget: Budget, cost: float) -> Allocation:
+    return Allocation(
+        choices=choices,
+        distortion=math.fsum([found.distortion, *(choice.distortion for choice in choices)]),
+        cost=cost,
+        budget=budget,
+        lower_bound=found.lower_bound,
+        widths=found.widths,
+        dropped=found.dropped,
+    )
+
+
+def _then_patterns(
+    whole: Whole,
+    curves: Sequence[Curve],
+    offered: set[Pattern],
+    budget: Budget,
+    share: float,
+    scores: Mapping[str, np.ndarray],
+) -> Candidate | None:
+    """Channels down to `share` of the dense cost, then the knapsack over patterns of what is left."""
+    found = _slimmed(whole, share * budget.denominator, blocks=True)
+    if found is None:
+        return None
+    narrow = Narrowing(whole.every, whole.curves, found.widths, found.dropped)
+    fixed, items, costs = [], [], []
+    for layer in whole.layers:
+        left = narrow.of(layer)
+        patterns, _ = eligible_patterns(left, offered)
+        if narrow.gone(layer) or patterns == ("dense",) or layer.name not in scores:
+            fixed.append(_whole_choice(narrow, layer))
+            continue
+        own = [curve for curve in curves if curve.layer == layer.name and curve.pattern in patterns]
+        scored = narrow.take(layer, scores[layer.name])
+        group = tuple(narrowed_item(layer, left, item, scores, scored) for item in items_for(layer, own, "auto"))
+        items.append(group)
+        costs.append(executed_costs(left, group))
+    with contextlib.suppress(InfeasibleBudget):
+        spent = allocate(items, budget=budget, costs=costs, fixed_cost=math.fsum(choice.cost for choice in fixed))
+        merged = _allocation((*fixed, *spent.choices), found, budget, spent.cost)
+        return Candidate(name=f"channels to {share:.0%}, then patterns", allocation=replace(merged, lower_bound=0.0))
+    return None
+
+
+def narrowed_item(
+    layer: Layer, left: Layer, item: Choice, scores: Mapping[str, np.ndarray], scored: np.ndarray
+) -> Choice:
+    """The same pattern and ratio on what is left of a layer: its exact cost, its distortion by the scores it keeps."""
+    if left is layer:
+        return item
+    keep = prune_step(left, scored, item.pattern, (item.ratio,)) > 0
+    whole = float(np.square(scores[layer.name], dtype=np.float64).sum())
+    share = float(np.square(scored, dtype=np.float64).sum()) / whole if whole > 0 else 1.0
+    return replace(item, distortion=item.distortion * share, cost=kept_macs(left, keep))
+
+
+def block_distortions(run: RunContext, layers: Sequence[Layer]) -> dict[str, float]:
+    """The true distortion of each residual block's identity, alone, over some calibration frames.
+
+    A block is too large a step for derivatives: its identity takes biases and the norm with it.
+    """
+    blocks = [layer.name.removesuffix(".conv1") for layer in layers if layer.name.endswith(".conv1")]
+    frames = frames_of(run, "calibration")[:BLOCK_FRAMES]
+    if not blocks:
+        return {}
+    pieces = Pieces(run, (1 + len(blocks)) * len(frames))
+    dense = outputs_of(run, run.path("dense_weights"), frames, pieces.done)
+    pieces.next_job(len(frames))
+    state, trial = load_file(run.start), run.root / "work" / ".block.safetensors"
+    shapes = {layer.name: layer.shape for layer in layers}
+    losses = {}
+    for block in blocks:
+        masks = {name: np.zeros(shapes[name], np.bool_) for name in (f"{block}.conv1", f"{block}.conv2")}
+        write_bytes(trial, save(masked_state(state, masks)))
+        each = distortions(run, dense, outputs_of(run, trial, frames, pieces.done))
+        pieces.next_job(len(frames))
+        losses[block] = math.fsum(each) / len(each)
+    trial.unlink()
+    return losses
+
+
+def _out_of_reach(whole: Whole, budget: Budget) -> InfeasibleBudget:
+    widths = {name: int(curve.widths[-1]) for name, curve in whole.curves.items()}
+    narrow = Narrowing(whole.every, whole.curves, widths, tuple(whole.blocks))
+    left = math.fsum(0.0 if narrow.gone(layer) else narrow.of(layer).macs for layer in whole.layers)
+    share = left / budget.denominator
+    return InfeasibleBudget(
+        f"The target {budget.value:g} of the {budget.scope}'s executed MACs cannot be reached: at the narrowest widths "
+        f"and without residual blocks, {share:.4f} are left.",
+        fix=f"raise --target to {math.ceil(share * 1e4) / 1e4:.4f} or more",
+        cheapest=share,
+    )

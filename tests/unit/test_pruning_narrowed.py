@@ -1,0 +1,120 @@
+"""Layers behind widths and dropped blocks: shapes, masks, and the state that stands for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dm3d_deploy.errors import UsageError
+from dm3d_deploy.pruning.channels import GroupCurve, widths_of
+from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Layer
+from dm3d_deploy.pruning.macs import executed_macs
+from dm3d_deploy.pruning.masks import masked_state, masks_of
+from dm3d_deploy.pruning.narrowed import Narrowing
+from dm3d_deploy.pruning.patterns import is_2_4, taps_from_native
+from dm3d_deploy.recipe import Recipe
+
+
+def conv(name, inputs, outputs, *, kind="conv2d", part="2d", final=False):
+    shape = (inputs, outputs, 2, 2) if kind == "deconv2d" else (outputs, inputs, 2, 2)
+    return Layer(name=name, part=part, kind=kind, shape=shape, positions=np.full(4, 10.0), final=final)
+
+
+LAYERS = (
+    conv("backbone_2d.blocks.0.1", 8, 16),
+    conv("backbone_2d.deblocks.0.0", 16, 12, kind="deconv2d"),
+    conv("dense_head.shared_conv.0", 12, 8, part="head"),
+    conv("dense_head.heads_list.0.hm.0", 8, 2, part="head", final=True),
+)
+RNG = np.random.default_rng(0)
+SCORES = {layer.name: RNG.uniform(size=layer.shape) for layer in LAYERS}
+
+
+def curve(name, channels):
+    return GroupCurve(
+        group=name,
+        order=np.random.default_rng(channels).permutation(channels),
+        widths=widths_of(channels, 4),
+        distortion=np.linspace(0, 1, len(widths_of(channels, 4))),
+    )
+
+
+CURVES = {layer.name: curve(layer.name, layer.outputs) for layer in LAYERS[:3]}
+
+
+def test_widths_fall_by_what_the_device_pays_for():
+    assert widths_of(64, 8).tolist() == [64, 56, 48, 40, 32, 24, 16, 8]
+    assert widths_of(20, 8).tolist() == [20, 16, 8]
+    assert widths_of(6, 8).tolist() == [6]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_a_narrow_layer_is_the_whole_one_without_rows_and_columns(layer):
+    narrow = Narrowing(LAYERS, CURVES, {"backbone_2d.blocks.0.1": 8, "backbone_2d.deblocks.0.0": 4})
+    left, taken = narrow.of(layer), narrow.take(layer, SCORES[layer.name])
+    assert taken.shape == left.shape
+    whole = narrow.whole(layer, np.ones(left.shape, bool))
+    assert np.count_nonzero(whole) == left.weights
+    assert np.array_equal(np.sort(SCORES[layer.name][whole]), np.sort(taken.ravel()))
+    assert (left.inputs, left.outputs) == {
+        "backbone_2d.blocks.0.1": (8, 8),
+        "backbone_2d.deblocks.0.0": (8, 4),
+        "dense_head.shared_conv.0": (4, 8),
+        "dense_head.heads_list.0.hm.0": (8, 2),
+    }[layer.name]
+
+
+def test_masks_hold_widths_and_patterns_within_them():
+    widths = {"backbone_2d.blocks.0.1": 8}
+    narrow = Narrowing(LAYERS, CURVES, widths)
+    first, second = LAYERS[:2]
+    half = narrow.of(second)
+    choices = (
+        Choice(layer=first.name, pattern="channel", step=0, ratio=0.5, distortion=0, cost=narrow.of(first).macs),
+        Choice(layer=second.name, pattern="2:4", step=0, ratio=0.5, distortion=0.1, cost=half.macs / 2),
+    )
+    allocation = Allocation(
+        choices=choices, distortion=0.1, cost=1.0, budget=Budget(value=1.0, denominator=1e6), lower_bound=0.0,
+        widths=widths,
+    )  # fmt: skip
+    masks = {mask.layer: mask for mask in masks_of(LAYERS, SCORES, allocation, CURVES)}
+    assert list(masks) == [first.name, second.name]
+    kept = narrow.take(second, masks[second.name].keep)
+    assert is_2_4(taps_from_native(half, kept))
+    assert executed_macs(half, kept, "2:4") == second.macs / 4
+    gone = ~CURVES[first.name].keep(8)
+    assert not masks[first.name].keep[gone].any()
+    assert masks[first.name].keep[~gone].all()
+    assert not masks[second.name].keep[gone].any()
+
+
+def test_a_layer_out_of_the_allocation_loses_the_channels_that_it_reads():
+    widths = {"backbone_2d.deblocks.0.0": 8}
+    narrow = Narrowing(LAYERS, CURVES, widths)
+    choices = tuple(
+        Choice(layer=layer.name, pattern="channel", step=0, ratio=0.0, distortion=0, cost=narrow.of(layer).macs)
+        for layer in LAYERS[:2]
+    )
+    allocation = Allocation(
+        choices=choices, distortion=0.1, cost=1.0, budget=Budget(value=1.0, denominator=1e6), lower_bound=0.0,
+        widths=widths,
+    )  # fmt: skip
+    masks = {mask.layer: mask.keep for mask in masks_of(LAYERS, SCORES, allocation, CURVES)}
+    assert masks["dense_head.shared_conv.0"].any(axis=(0, 2, 3)).sum() == 8
+
+
+def test_a_block_whose_second_convolution_keeps_nothing_adds_nothing():
+    state = {f"b.{name}": np.ones(3) for name in ("conv2.weight", "conv2.bias", "bn2.weight", "bn2.bias", "bn1.bias")}
+    silent = masked_state(state, {"b.conv2": np.zeros(3, bool)})
+    assert not silent["b.bn2.weight"].any()
+    assert not silent["b.bn2.bias"].any()
+    assert silent["b.bn1.bias"].all()
+    assert state["b.bn2.bias"].all()
+    assert masked_state(state, {"b.conv2": np.array([True, False, False])})["b.bn2.bias"].all()
+
+
+def test_channels_are_counted_in_executed_macs_only():
+    with pytest.raises(UsageError, match="by a share of the executed MACs only") as caught:
+        Recipe(model="centerpoint", target=0.5, patterns="channels")
+    assert caught.value.fix == "give --target 0.5 and --cost executed"
+    assert Recipe(model="centerpoint", target=0.5, patterns="channels", cost="executed").patterns == "channels"
