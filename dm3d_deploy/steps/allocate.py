@@ -82,13 +82,13 @@ def _executed(run: RunContext, curves: Sequence[Curve], offer: Offer, prices: Pr
     mixed = recipe.patterns == "auto" and bool(offered)
     found: list[Candidate] = []
     refused: InfeasibleBudget | None = None
-    if mixed:
+    if mixed or recipe.target is None:
         try:
             found += candidates_of(recipe, offer.items, lambda items, limit: _solve(recipe, items, prices, limit))
         except InfeasibleBudget as error:
             refused = error
     if recipe.target is None:
-        return found
+        return found  # within a distortion: patterns only
     try:
         found += slim_candidates(run, curves, offered, _budget(recipe, prices.dense), mixed=mixed)
     except InfeasibleBudget as error:
