@@ -44,7 +44,7 @@ def build(
     checkpoint: Annotated[Path | None, typer.Option(help="OpenPCDet .pth, or .safetensors.")] = None,
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
     scope: Annotated[str, typer.Option(help="What the budget counts: backbone (3D + 2D) or model.")] = "backbone",
-    patterns: Annotated[str, typer.Option(help="auto (what the hardware can use) or unstructured.")] = "auto",
+    patterns: Annotated[str, typer.Option(help="auto (what the hardware can use), unstructured or channels.")] = "auto",
     device: Annotated[str, typer.Option(help="Target devices by name, comma-separated; see `devices`.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp16 or fp32, of the BEV and head graph.")] = "fp16",
     out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/MODEL-TARGET.")] = None,
