@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dm3d_deploy.errors import CheckpointError, UsageError
 from dm3d_deploy.models.detector import Detector, prunable_layers
-from dm3d_deploy.pruning.normalisation import OutputScale, box_names, output_scale, tasks_of
+from dm3d_deploy.pruning.normalisation import OutputScale, box_names, output_scale, score_name, tasks_of
 from dm3d_deploy.training.batch import Batch, BatchSource
 from dm3d_deploy.training.checkpoint import Progress
 from dm3d_deploy.training.log import Report
@@ -56,7 +56,8 @@ def distillation_losses(maps: Maps, wanted: Maps, scale: DistillScale) -> dict[s
     A batch counts as one frame of as many cells.
     """
     tasks = tasks_of(wanted)
-    scores = [(maps[f"{task}.hm"].float(), wanted[f"{task}.hm"].float()) for task in tasks]
+    names = [score_name(wanted, task) for task in tasks]
+    scores = [(maps[name].float(), wanted[name].float()) for name in names]
     score = torch.stack([(own.sigmoid() - other.sigmoid()).square().sum() for own, other in scores]).sum()
     cells = scores[0][1][:, 0].numel()
     squares, count = [], 0
@@ -71,7 +72,7 @@ def distillation_losses(maps: Maps, wanted: Maps, scale: DistillScale) -> dict[s
 def _confident(wanted: Maps, count: int) -> dict[int, Int64[Tensor, " cells"]]:
     """The teacher's `count` most confident cells over all tasks, flat in [batch, row, column]; ties as `top_cells`."""
     tasks = tasks_of(wanted)
-    confidence = torch.stack([wanted[f"{task}.hm"].amax(dim=1).flatten() for task in tasks])
+    confidence = torch.stack([wanted[score_name(wanted, task)].amax(dim=1).flatten() for task in tasks])
     order = confidence.flatten().sort(descending=True, stable=True).indices[:count]
     size = confidence.shape[1]
     return {task: order[order // size == row] % size for row, task in enumerate(tasks)}
@@ -89,7 +90,7 @@ def estimate_scale(teacher: Detector, batches: BatchSource, team: Team | None = 
         if batch.shape_zyx == shape:
             maps = {name: value.float().cpu().numpy() for name, value in _answers(teacher, batch).items()}
             crops += [{name: value[row : row + 1] for name, value in maps.items()} for row in range(batch.size)]
-    cells = crops[0]["0.hm"][0, 0].size
+    cells = crops[0][score_name(crops[0], 0)][0, 0].size
     found = DistillScale.of(output_scale(crops, max(round(BOX_SHARE * cells), 1)), cells)
     names = list(found.box_deviation)
     told = torch.cat([torch.tensor([found.score_energy]), *found.box_deviation.values()]).to(device)
@@ -143,10 +144,9 @@ def distil(
 
     `masks` (by layer) say which weights may differ from zero. `scale` is by default that of the teacher's answers to
     the first batches. Batch norms keep their statistics: those of a few crops would add noise that the teacher, which
-    uses its own, does not have. Raises UsageError when the two detectors answer with different maps, and for a head
-    that is no CenterHead.
+    uses its own, does not have. Raises UsageError when the two detectors answer with different maps.
     """
-    if detector.config.center_head != teacher.config.head or detector.config.voxels != teacher.config.voxels:
+    if detector.config.head != teacher.config.head or detector.config.voxels != teacher.config.voxels:
         raise UsageError(
             f"{detector.config.name} and its teacher {teacher.config.name} answer different questions.",
             fix="distil from a detector with the same voxels, classes and head",

@@ -79,6 +79,24 @@ def test_the_loss_of_one_frame_is_its_distortion(teacher) -> None:
         assert [float(value) for value in same.values()] == [0, 0]
 
 
+def test_the_loss_of_an_anchor_head_is_its_distortion() -> None:
+    random = np.random.default_rng(0)
+    channels = {"cls": 3, "box": 7, "dir": 2}
+    frames = [
+        {
+            f"{anchor}.{branch}": random.normal(0, 1, (1, count, 8, 6)).astype(np.float32)
+            for anchor in range(4)
+            for branch, count in channels.items()
+        }
+        for _ in range(2)
+    ]
+    scale = output_scale(frames, 20)
+    tensors = [{name: torch.from_numpy(value) for name, value in maps.items()} for maps in frames]
+    losses = distillation_losses(tensors[0], tensors[1], DistillScale.of(scale, 48))
+    expected = output_distortion(frames[1], frames[0], scale, top_cells(frames[1], 20))
+    assert float(losses["score"] + losses["box"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_scale_is_of_the_first_crops_of_one_size(teacher) -> None:
     def mixed(step):
         batch = batches(step)
@@ -150,7 +168,7 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path) -> None:
         with pytest.raises(CheckpointError, match=r"the mask of .* fits no layer of small"):
             zeros_held(made, masks)
     other = build_detector(replace(CONFIG, name="other", voxels=replace(CONFIG.voxels, max_voxels=1)))
-    with pytest.raises(UsageError, match="small-second has an anchor head, and this needs a CenterHead"):
+    with pytest.raises(UsageError, match="small-second and its teacher small answer different questions"):
         distil(build_detector(variant("second")), made, batches, TrainSettings(steps=1), out=tmp_path)
     with pytest.raises(UsageError, match="small and its teacher other answer different questions"):
         distil(made, other, batches, TrainSettings(steps=1), out=tmp_path)
