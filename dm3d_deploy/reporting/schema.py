@@ -30,6 +30,7 @@ from dm3d_deploy.reporting.kinds import (
 SCHEMA_VERSION = 2
 STAMP = ("device", "power_mode", "clocks")
 
+COST = Scalar("macs, executed or latency", lambda value: value in ("macs", "executed", "latency"))
 VERSION = Scalar(f"the schema version {SCHEMA_VERSION}", lambda value: COUNT.accepts(value) and value == SCHEMA_VERSION)
 
 MACS = {"dense": AMOUNT, "kept": AMOUNT, "executed": AMOUNT}
@@ -55,7 +56,7 @@ SCHEMA: dict[str, Any] = {
     },
     "budget": {
         "goal": WORDS,
-        "cost": WORDS,
+        "cost": COST,
         "target": Nullable(SHARE),
         "kept": SHARE,
         "executed": SHARE,

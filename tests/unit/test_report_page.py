@@ -186,7 +186,7 @@ def strings(value: Any, path: str = "") -> Any:
         return {key: strings(inner, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [strings(inner, f"{path}{index}") for index, inner in enumerate(value)]
-    keep = ("part", "sha256", "picture", "model", "frames", "masks")
+    keep = ("part", "sha256", "picture", "model", "frames", "masks", "cost")
     return f"{value}{ATTACK}" if isinstance(value, str) and path not in keep else value
 
 

@@ -21,7 +21,7 @@ from dm3d_deploy.reporting.schema import SCHEMA_VERSION, key_paths, validate_rep
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "report.md"
 SIGNED = ("cosine", "change_points", "change_low_points", "change_high_points")
-FREE_KEYS = ("recipe", "tools", "machine", "digests", "capacities", "by_part")
+FREE_KEYS = ("recipe", "tools", "machine", "digests", "capacities", "stamp", "by_part")
 
 
 def mappings(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
