@@ -133,7 +133,8 @@ def _read(root: Path) -> dict[str, Any]:
 def _held_out(root: Path) -> dict[str, Any]:
     """What a sweep wrote, or what the stage `verify` of a whole build did."""
     if (root / HELD_OUT_NAME).is_file():
-        return _json(root, HELD_OUT_NAME)
+        swept: dict[str, Any] = _json(root, HELD_OUT_NAME)
+        return swept
     rows = _json(root, FILES["verification"])["held_out"]
     recovered = [row["recovered"] for row in rows]
     info = _json(root, FILES["frames_info"])["frames"]
@@ -145,17 +146,16 @@ def _held_out(root: Path) -> dict[str, Any]:
     }
 
 
-def _json(root: Path, name: str) -> dict[str, Any]:
+def _json(root: Path, name: str) -> Any:
     path = root / name
     if not path.is_file():
         raise StaleArtifact(f"{root} holds no {name}: its build was not finished.", fix="run the build to its end")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _kept(root: Path, scope: str) -> float:
-    part_of = {row["name"]: row["part"] for row in _json(root, FILES["layers"])}  # type: ignore[call-overload]
-    rows = [row for row in _json(root, FILES["masks_info"]) if part_of[row["layer"]] in PARTS_OF_SCOPE[scope]]  # type: ignore[call-overload]
+    part_of = {row["name"]: row["part"] for row in _json(root, FILES["layers"])}
+    rows = [row for row in _json(root, FILES["masks_info"]) if part_of[row["layer"]] in PARTS_OF_SCOPE[scope]]
     return math.fsum(row["kept_macs"] for row in rows) / math.fsum(row["dense_macs"] for row in rows)
 
 

@@ -71,7 +71,8 @@ def lamp_scores(magnitudes: Float[np.ndarray, "*shape"]) -> Float64[np.ndarray, 
     """
     squares = np.square(np.sort(magnitudes.astype(np.float64), axis=None)[::-1])
     total = np.cumsum(squares)
-    return np.divide(squares, total, out=np.zeros_like(squares), where=total > 0)
+    shares: np.ndarray = np.divide(squares, total, out=np.zeros_like(squares), where=total > 0)
+    return shares
 
 
 def taylor_scores(

@@ -70,7 +70,7 @@ def refit(
     mean_x, mean_y = moments.x / moments.rows, moments.y / moments.rows
     gram = moments.xx / moments.rows - np.outer(mean_x, mean_x)
     cross = moments.xy / moments.rows - np.outer(mean_x, mean_y)
-    ridge = damping * max(float(np.trace(gram)) / len(gram), np.finfo(np.float32).tiny)
+    ridge = damping * max(float(np.trace(gram)) / len(gram), float(np.finfo(np.float32).tiny))
     found = np.where(keep, weight.astype(np.float64), 0.0)
     masks, group_of = np.unique(keep, axis=1, return_inverse=True)
 

@@ -24,9 +24,9 @@ PAPER = "paper-eq13"
 def scores_of(method: str, weight: np.ndarray, gradients: np.ndarray, damping: float) -> np.ndarray:
     """What a method ranks the weights of one layer by, Float32 of native shape; `gradients` are [samples, *shape]."""
     if method in ("uniform", "erk", "lamp"):
-        return np.abs(weight)
+        return np.asarray(np.abs(weight))
     if method == PAPER:
-        return np.abs(weight * gradients.mean(axis=0, dtype=np.float64)).astype(np.float32)
+        return np.asarray(np.abs(weight * gradients.mean(axis=0, dtype=np.float64)), dtype=np.float32)
     mean_square = np.square(gradients, dtype=np.float64).mean(axis=0)
     if method == "taylor":
         return taylor_scores(weight, mean_square).astype(np.float32)
@@ -37,7 +37,7 @@ def printed_objective(
     layer: Layer, weight: np.ndarray, gradients: np.ndarray, scores: np.ndarray, ratios: np.ndarray, kappa: float
 ) -> list[float]:
     """The paper's Eq. 13 at every ratio, for curves.json."""
-    return signed_objective(layer, weight, gradients, scores, ratios, kappa=kappa).tolist()
+    return [float(value) for value in signed_objective(layer, weight, gradients, scores, ratios, kappa=kappa)]
 
 
 def baseline_allocation(
