@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def _input_dim(kind: str) -> int:
     return {"sparse": 4, "deconv2d": 0}.get(kind, 1)
 
 
-def _resize(module: nn.Module, weight: Tensor, output_dim: int, input_dim: int) -> None:
+def _resize(module: Any, weight: Tensor, output_dim: int, input_dim: int) -> None:
     module.weight = nn.Parameter(torch.empty_like(weight))
     module.in_channels, module.out_channels = weight.shape[input_dim], weight.shape[output_dim]
     if isinstance(module.bias, Tensor):

@@ -275,7 +275,12 @@ def pareto_chart(
             axes.minorticks_off()
         for row, (method, points) in enumerate(lines.items()):
             x, y = zip(*sorted(points), strict=True)
-            style = {"color": INK[inks[method]], "marker": marks[method], "markersize": 5, "linewidth": 1.6}
+            style: dict[str, Any] = {
+                "color": INK[inks[method]],
+                "marker": marks[method],
+                "markersize": 5,
+                "linewidth": 1.6,
+            }
             axes.plot(x, y, **style)
             at = 1 - 0.09 * (row + 0.5)
             axes.plot([1.06], [at], transform=axes.transAxes, clip_on=False, **style)

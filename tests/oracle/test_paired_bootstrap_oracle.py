@@ -67,7 +67,8 @@ def world(seed, frames=9):
     dice.shuffle(scores)
     truths, seen = [], ([], [])
     for _ in range(frames):
-        truth = [(dice.choice(NAMES), dice.uniform(-45, 45), dice.uniform(-15, 15)) for _ in range(dice.randrange(3, 11))]
+        objects = range(dice.randrange(3, 11))
+        truth = [(dice.choice(NAMES), dice.uniform(-45, 45), dice.uniform(-15, 15)) for _ in objects]
         truths.append(truth)
         for found, noise, hits in ((seen[0], 0.5, 0.9), (seen[1], 1.2, 0.7)):
             rows = [

@@ -93,9 +93,7 @@ def test_a_file_that_is_not_there(tmp_path) -> None:
 
 def test_another_model_is_refused_with_both_sides() -> None:
     check_model(estimate(), LAYERS, "centerpoint")
-    with pytest.raises(
-        UsageError, match="the build of 'slim': d is conv2d 64x128x3x3 there, conv2d"
-    ):
+    with pytest.raises(UsageError, match="the build of 'slim': d is conv2d 64x128x3x3 there, conv2d"):
         check_model(estimate(), [*LAYERS[:5], conv("d", 64, 64), *LAYERS[6:]], "slim")
     with pytest.raises(UsageError, match="h is conv2d 3x64x3x3 there, absent here"):
         check_model(estimate(), LAYERS[:-1], "slim")
