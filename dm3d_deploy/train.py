@@ -42,10 +42,10 @@ def train(
     It learns from simulated scenes or a labelled folder in KITTI's layout; with a `teacher` (a checkpoint) from that
     one's answers, to the frames of any folder. Training ends after `minutes` of work, pauses not counted, after
     `steps`, or when every frame of the folder was shown `epochs` times. It starts from average boxes and random
-    weights, from the weights of `init`, from the pruned weights of the run `masks`, whose zeros stay, or with `resume`
-    where the training in `out` stopped. Each process takes `crops` crops a step; there is one a GPU, or 2, or as many
-    as torchrun started. The peak learning rate is 2e-3, with masks a tenth of it. Every `score_every` minutes (0:
-    never) AP on frames that are not trained on is logged.
+    weights, from the weights of `init` (a smaller detector's grow: `training/grow.py`), from the pruned weights of the
+    run `masks`, whose zeros stay, or with `resume` where the training in `out` stopped. Each process takes `crops`
+    crops a step; there is one a GPU, or 2, or as many as torchrun started. The peak learning rate is 2e-3, with masks
+    a tenth of it. Every `score_every` minutes (0: never) AP on frames that are not trained on is logged.
 
     Raises UsageError for settings that exclude each other, what reading data, weights and runs raises, all before the
     first step; then TrainingDiverged for a loss that is no number and OutputError for a full disk: the last checkpoint

@@ -20,12 +20,13 @@ from dm3d_deploy.artifacts import read_manifest
 from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.live_score import LiveScore, simulated_live_frames, split_names
-from dm3d_deploy.models.checkpoints import load_checkpoint
+from dm3d_deploy.models.checkpoints import load_checkpoint, read_tensors
 from dm3d_deploy.models.detector import Detector, build_detector
 from dm3d_deploy.train_plan import SIMULATED, TrainPlan
 from dm3d_deploy.training.batch import BatchSource
 from dm3d_deploy.training.checkpoint import Progress
 from dm3d_deploy.training.distill import distil, zeros_held
+from dm3d_deploy.training.grow import grow_weights, is_smaller
 from dm3d_deploy.training.log import Report
 from dm3d_deploy.training.loop import TrainSettings, train_detector
 from dm3d_deploy.training.schedule import OneCycle
@@ -106,13 +107,11 @@ def prepare(plan: TrainPlan, place: Place) -> TrainJob:
     """Read what the plan names; raises what reading it raises, and UsageError for what cannot go together."""
     config = load_config(plan.model)
     source = _simulated(plan, config, place) if plan.data == SIMULATED else _folder(plan, config, place)
-    detector, masks = build_detector(config), None
+    detector, masks, notes = build_detector(config), None, source.notes
     if plan.masks is not None:
         masks = _from_run(plan, detector)
-    elif plan.init is not None:
-        load_checkpoint(detector, plan.init)
     elif not plan.resume:
-        start_weights(detector, _mean_sizes(config, source.sizes_m), seed=plan.seed)
+        notes += _start(plan, detector, _mean_sizes(config, source.sizes_m))
     teacher = None
     if plan.teacher is not None:
         teacher = build_detector(config)
@@ -130,8 +129,21 @@ def prepare(plan: TrainPlan, place: Place) -> TrainJob:
     )
     return TrainJob(
         plan=plan, detector=detector, batches=source.batches, settings=settings, masks=masks, teacher=teacher,
-        score=source.score, notes=source.notes,
+        score=source.score, notes=notes,
     )  # fmt: skip
+
+
+def _start(plan: TrainPlan, detector: Detector, sizes_m: Mapping[str, Sizes]) -> tuple[str, ...]:
+    """Fill the detector with what training begins from, and say so where it is not plain."""
+    small = None if plan.init is None else read_tensors(plan.init)
+    if plan.init is not None and not (small and is_smaller(detector, small)):
+        load_checkpoint(detector, plan.init)
+        return ()
+    start_weights(detector, sizes_m, seed=plan.seed)
+    if small is None:
+        return ()
+    grow_weights(detector, small)
+    return (f"{plan.init} is of a smaller detector: its weights are in place, the channels beyond them are random",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

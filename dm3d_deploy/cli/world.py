@@ -41,7 +41,7 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Minutes of work; pauses do not count.")] = None,
     epochs: Annotated[int | None, typer.Option(help="How often each frame of a folder is shown.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Weights to start from; a smaller model's grow.")] = None,
     masks: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Start from this run's pruned weights; their zeros stay.")
     ] = None,

@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from dm3d_deploy.errors import CheckpointError
 from dm3d_deploy.models.detector import Detector, prunable_layers
 
+SHARED = "dense_head.shared_conv.0.weight"
 FIX = "grow from a checkpoint of the same family that is nowhere wider, or start from random weights"
+
+
+def is_smaller(detector: Detector, weights: Mapping[str, Tensor]) -> bool:
+    """Whether these weights are of a detector that is narrower or shallower than this one, and nowhere larger."""
+    own = {name: tuple(value.shape) for name, value in detector.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if found == own or not set(found) <= set(own):
+        return False
+    return all(
+        len(shape) == len(own[name]) and all(few <= many for few, many in zip(shape, own[name], strict=True))
+        for name, shape in found.items()
+    )
 
 
 def grow_weights(detector: Detector, small: Mapping[str, Tensor]) -> None:
@@ -21,6 +34,8 @@ def grow_weights(detector: Detector, small: Mapping[str, Tensor]) -> None:
     for a smaller detector that is wider somewhere, or holds what the larger one does not.
     """
     own = detector.state_dict()
+    if SHARED not in own:
+        raise CheckpointError(f"{detector.config.name} has no CenterHead, and only such detectors grow.", fix=FIX)
     stray = sorted(set(small) - set(own))
     if stray:
         raise CheckpointError(f"{stray[0]} and {len(stray) - 1} more tensors have no place to grow.", fix=FIX)
@@ -63,7 +78,7 @@ def _parts(detector: Detector, name: str, own: Tensor, value: Tensor, inputs: in
         return ()
     large, few = own.shape[inputs], value.shape[inputs]
     filters = detector.config.backbone_2d.upsample_filters
-    if name != "dense_head.shared_conv.0.weight" or large == few:
+    if name != SHARED or large == few:
         return ((large, few),)
     if any(each * few % large for each in filters):
         raise CheckpointError(f"{name} reads {few} channels, which {len(filters)} maps cannot share.", fix=FIX)

@@ -8,7 +8,7 @@ from calib.simulator.objects import SIZES
 from dm3d_deploy.config import load_config
 from dm3d_deploy.errors import CheckpointError
 from dm3d_deploy.models.detector import build_detector
-from dm3d_deploy.training.grow import grow_weights
+from dm3d_deploy.training.grow import grow_weights, is_smaller
 from dm3d_deploy.training.start import start_weights
 
 MEANS = {name: (length[0], width[0], height[0]) for name, (length, width, height) in SIZES.items()}
@@ -51,6 +51,17 @@ def test_the_same_answers_from_a_wider_and_deeper_detector(small):
     new = after["backbone_2d.blocks.0.4.weight"][64:]
     assert torch.equal(new, before["backbone_2d.blocks.0.4.weight"][64:]), "new channels keep their random weights"
     assert int(after["global_step"]) == 0
+
+
+def test_only_a_smaller_detector_counts_as_smaller(small):
+    state, large = small.state_dict(), started("centerpoint", 0)
+    assert is_smaller(large, state)
+    assert not is_smaller(small, state)
+    assert not is_smaller(small, large.state_dict())
+    assert not is_smaller(large, {**state, "a.weight": torch.zeros(1)})
+    assert not is_smaller(large, {**state, "dense_head.shared_conv.0.weight": torch.zeros(32, 256)})
+    with pytest.raises(CheckpointError, match="second has no CenterHead, and only such detectors grow"):
+        grow_weights(build_detector(load_config("second")), state)
 
 
 def test_what_is_wider_or_of_another_family_is_refused(small):

@@ -13,7 +13,13 @@ import torch
 from run_sample import TINY
 from safetensors.numpy import load_file
 
+from dm3d_deploy.config import load_config
+from dm3d_deploy.models.checkpoints import save_weights
+from dm3d_deploy.models.detector import build_detector
+from dm3d_deploy.models.seeded import seed_weights
 from dm3d_deploy.simulate import simulate
+from dm3d_deploy.train_job import place_of, prepare
+from dm3d_deploy.train_plan import TrainPlan
 from dm3d_deploy.training.checkpoint import STATE_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,3 +230,19 @@ def test_torchrun_trains_what_two_processes_train(folder, tmp_path) -> None:
     assert (tmp_path / "ours/plan.json").read_bytes() == (tmp_path / "theirs/plan.json").read_bytes()
     wrong = program(*line, "--out", tmp_path / "wrong", "--processes", "3", launcher=launcher)
     assert "torchrun started 2 processes, not 3" in wrong.stderr
+
+
+def test_weights_of_a_smaller_model_grow_and_it_is_said(tmp_path) -> None:
+    small = build_detector(load_config("centerpoint-slim"))
+    seed_weights(small, 5)
+    save_weights(small, tmp_path / "small.safetensors")
+    plan = TrainPlan(
+        model="centerpoint", out=str(tmp_path / "out"), data="simulated", minutes=None, steps=1, epochs=None,
+        init=str(tmp_path / "small.safetensors"), masks=None, teacher=None, resume=False, seed=0, processes=1,
+        crops=1, peak_rate=1e-3, score_every=0.0,
+    )  # fmt: skip
+    job = prepare(plan, place_of(1))
+    assert len(job.notes) == 1
+    assert "small.safetensors is of a smaller detector" in job.notes[0]
+    name = "backbone_2d.blocks.0.4.weight"
+    assert torch.equal(job.detector.state_dict()[name][:64, :64], small.state_dict()[name])
