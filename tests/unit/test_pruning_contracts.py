@@ -30,7 +30,7 @@ def test_what_a_layer_knows() -> None:
     ("changes", "text"),
     [
         ({"part": "4d"}, "no such part or kind of layer: '4d'"),
-        ({"kind": "linear"}, "no such part or kind"),
+        ({"kind": "conv4d"}, "no such part or kind"),
         ({"shape": (8, 3, 1, 4)}, "is no sparse weight"),
         ({"shape": (8, 0, 1, 1, 4)}, "is no sparse weight"),
         ({"positions": np.ones(2)}, "do not fit 3 taps"),
