@@ -19,13 +19,12 @@ from calib.dataset import DatasetFrame, open_dataset
 from calib.simulated_dataset import labelled_frame
 from calib.simulator import simulate_frame
 from dm3d_deploy.config import load_config
+from dm3d_deploy.detect_in_torch import detect_in_torch
 from dm3d_deploy.evaluation.labels import FrameLabels
 from dm3d_deploy.evaluation.operating_point import OperatingPoint, operating_point
-from dm3d_deploy.geometry.decode import detections_from_maps
-from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.models.bundled import bundled_weights
 from dm3d_deploy.models.checkpoints import load_checkpoint
-from dm3d_deploy.models.detector import Detector, build_detector, tensors_from_voxels
+from dm3d_deploy.models.detector import Detector, build_detector
 from dm3d_deploy.pointcloud import Detections
 
 FIRST_SEED = 2_100_000_000
@@ -38,10 +37,7 @@ def detected(
     """Detections and labels of every frame; with `camera_only` simulated frames count in the camera's view alone."""
     found, labels = [], []
     for frame in frames:
-        features, coords = tensors_from_voxels(voxelize(frame.cloud, detector.config))
-        with torch.inference_mode():
-            maps = {name: value.numpy() for name, value in detector(features, coords).items()}
-        found.append(detections_from_maps(maps, detector.config))
+        found.append(detect_in_torch(detector, frame.cloud))
         labels.append(replace(frame.labels, all_around=False) if camera_only else frame.labels)
     return found, labels
 

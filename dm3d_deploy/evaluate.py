@@ -16,17 +16,16 @@ from calib.simulator.sensor import sensor_named
 from dm3d_deploy.artifacts import MANIFEST_NAME, disk_errors, write_bytes, write_json
 from dm3d_deploy.config import DetectorConfig, detector_names, load_config
 from dm3d_deploy.detect import load_run
+from dm3d_deploy.detect_in_torch import detect_in_torch
 from dm3d_deploy.errors import UsageError, require
 from dm3d_deploy.evaluation.benchmarks import benchmark_scores, scored_classes
 from dm3d_deploy.evaluation.labels import FrameLabels
 from dm3d_deploy.evaluation.rows import ApRow
-from dm3d_deploy.geometry.decode import detections_from_maps
-from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Detections, PointCloud
 from dm3d_deploy.reporting.ap_tables import ap_text, draw_curves
 
 if TYPE_CHECKING:
-    from dm3d_deploy.models.detector import Detector
+    pass
 
 SIMULATED = "simulated"
 DEFAULT_FRAMES = 100
@@ -174,19 +173,8 @@ def _subject(path: Path, *, variant: str, model: str | None) -> _Subject:
     return _Subject(
         label=f"{path.name} ({detector.config.name})",
         config=detector.config,
-        detect=lambda cloud: _detect_with(detector, cloud),
+        detect=lambda cloud: detect_in_torch(detector, cloud),
     )
-
-
-def _detect_with(detector: Detector, cloud: PointCloud) -> Detections:
-    import torch
-
-    from dm3d_deploy.models.detector import tensors_from_voxels
-
-    features, coords = tensors_from_voxels(voxelize(cloud, detector.config))
-    with torch.inference_mode():
-        maps = detector(features, coords)
-    return detections_from_maps({name: value.numpy() for name, value in maps.items()}, detector.config)
 
 
 def _fitting_model(path: Path) -> str:

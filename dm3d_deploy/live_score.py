@@ -13,11 +13,10 @@ from calib.dataset import DatasetFrame
 from calib.simulated_dataset import labelled_frame
 from calib.simulator import simulate_frame
 from dm3d_deploy.config import DetectorConfig
+from dm3d_deploy.detect_in_torch import detect_in_torch
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.evaluation.benchmarks import Scores, benchmark_scores
 from dm3d_deploy.evaluation.rows import ALL
-from dm3d_deploy.geometry.decode import detections_from_maps
-from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Boxes3D, Detections
 
 if TYPE_CHECKING:
@@ -59,24 +58,12 @@ class LiveScore:
 
     def __call__(self, detector: Detector) -> Mapping[str, float | None]:
         """The score; the detector is in eval mode, on whatever device."""
-        scores = self._scores([_detected(detector, frame) for frame in self._frames()])
+        scores = self._scores([detect_in_torch(detector, frame.cloud) for frame in self._frames()])
         rows = [row for row in scores.rows if (row.measure, row.subset) == (MEASURE, ALL) and row.objects]
         return {MEAN: scores.summary["mAP"], **{row.class_name: row.ap_percent for row in rows}}
 
     def _scores(self, found: Sequence[Detections]) -> Scores:
         return benchmark_scores(METRIC, found, [frame.labels for frame in self._frames()])
-
-
-def _detected(detector: Detector, frame: DatasetFrame) -> Detections:
-    import torch
-
-    from dm3d_deploy.models.detector import tensors_from_voxels
-
-    device = next(detector.parameters()).device
-    features, coords = tensors_from_voxels(voxelize(frame.cloud, detector.config), device)
-    with torch.inference_mode():
-        maps = detector(features, coords)
-    return detections_from_maps({name: value.cpu().numpy() for name, value in maps.items()}, detector.config)
 
 
 def _nothing(config: DetectorConfig) -> Detections:
