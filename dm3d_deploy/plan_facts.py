@@ -76,5 +76,5 @@ def _device(images: Mapping[str, Any], kernels: list[Mapping[str, Any]]) -> dict
         **images,
         "most_registers": max(row["registers"] for row in rows),
         "most_shared_bytes": max(row["shared_bytes"] for row in rows),
-        "spilled_bytes": sum(row["stack_bytes"] + row["local_bytes"] for row in rows),
+        "spilled_bytes": sum(row["spilled_bytes"] for row in rows),
     }

@@ -194,6 +194,7 @@ SCHEMA: dict[str, Any] = {
                     "sm": WORDS,
                     "kernels": COUNT,
                     "bytes": COUNT,
+                    "made_by": WORDS,
                     "most_registers": COUNT,
                     "most_shared_bytes": COUNT,
                     "spilled_bytes": COUNT,

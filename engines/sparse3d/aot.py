@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,15 +34,22 @@ _COMPILER_VARIABLES = ("TRITON_", "PTXAS_", "DISABLE_PTXAS", "LLVM_", "MLIR_", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The PTX version that the oldest platform of an architecture reads, and its shared memory per block.
+    """The CUDA release and PTX version of the oldest platform of an architecture, and its shared memory per block.
 
-    Sources: the PTX ISA manual's release notes (first version of each target), the CUDA programming guide's table of
-    compute capabilities (maximum shared memory per thread block).
+    Images come from an assembler of that major release: a driver loads those of its own and of older major releases,
+    and of a newer minor release (NVIDIA's minor version compatibility). Sources: CUDA Compatibility, section 2; the PTX
+    ISA manual's release notes (first version of each target); the CUDA programming guide's table of compute
+    capabilities (maximum shared memory per thread block).
     """
 
     ptx_version: int
     shared_limit_bytes: int
     cuda: str
+
+    @property
+    def assembler(self) -> str:
+        """The program in Triton's wheel: ptxas is of CUDA 12 (12.8 in Triton 3.7.1), ptxas-blackwell of 13 (13.1)."""
+        return "ptxas" if _major(self.cuda) == "12" else "ptxas-blackwell"
 
 
 TARGETS: Mapping[int, Target] = {
@@ -52,11 +59,15 @@ TARGETS: Mapping[int, Target] = {
     89: Target(ptx_version=85, shared_limit_bytes=SHARED_OF_SMALL_BYTES, cuda="12.6"),
     90: Target(ptx_version=85, shared_limit_bytes=SHARED_OF_LARGE_BYTES, cuda="12.6"),
     100: Target(ptx_version=86, shared_limit_bytes=SHARED_OF_LARGE_BYTES, cuda="12.8"),
+    101: Target(ptx_version=86, shared_limit_bytes=SHARED_OF_LARGE_BYTES, cuda="12.8"),
     110: Target(ptx_version=90, shared_limit_bytes=SHARED_OF_LARGE_BYTES, cuda="13.0"),
     120: Target(ptx_version=87, shared_limit_bytes=SHARED_OF_SMALL_BYTES, cuda="12.8"),
-    121: Target(ptx_version=88, shared_limit_bytes=SHARED_OF_SMALL_BYTES, cuda="12.9"),
+    121: Target(ptx_version=90, shared_limit_bytes=SHARED_OF_SMALL_BYTES, cuda="13.0"),
 }
-_THOR_12_8 = "sm_101 is Thor under CUDA 12.8, whose assembler Triton no longer brings; CUDA 13 calls it sm_110"
+
+
+def _major(release: str) -> str:
+    return release.partition(".")[0]
 
 
 def sms_of(names: Sequence[str]) -> tuple[int, ...]:
@@ -64,9 +75,7 @@ def sms_of(names: Sequence[str]) -> tuple[int, ...]:
     numbers = {f"sm_{sm}": sm for sm in TARGETS}
     for name in names:
         if name not in numbers:
-            why = f": {_THOR_12_8}" if name == "sm_101" else ""
-            known = ", ".join(numbers)
-            raise UsageError(f"kernels are not compiled for {name}{why}.", fix=f"choose of {known}")
+            raise UsageError(f"kernels are not compiled for {name}.", fix=f"choose of {', '.join(numbers)}")
     return tuple(dict.fromkeys(numbers[name] for name in names))
 
 
@@ -86,8 +95,13 @@ def compile_plan(
     for sm, (cubins, resources) in zip(sms, built, strict=True):
         plan = add_cubins(plan, sm, cubins)
         rows += resources
-    targets = {f"sm_{sm}": {"ptx_version": TARGETS[sm].ptx_version, "cuda": TARGETS[sm].cuda} for sm in sms}
-    return plan, {
+    assemblers = {row["sm"]: row["assembler"] for row in rows}
+    targets = {
+        name: {"ptx_version": TARGETS[sm].ptx_version, "platform_cuda": TARGETS[sm].cuda, "assembler": assemblers[name]}
+        for sm, name in ((sm, f"sm_{sm}") for sm in sms)
+    }
+    known = {**plan.meta.get("assemblers", {}), **assemblers}
+    return replace(plan, meta={**plan.meta, "assemblers": known}), {
         "triton": triton.__version__,
         "standing": "built, not run here",
         "reproducible": all(row["fixed_addresses"] for row in rows),
@@ -112,6 +126,7 @@ def compile_plans(plans: Sequence[Plan], sms: Sequence[int]) -> tuple[list[Plan]
                 sm: tuple(cubins[place[_identity(kernel)]] for kernel in plan.kernels)
                 for sm, cubins in whole.cubins.items()
             },
+            meta={**plan.meta, "assemblers": whole.meta["assemblers"]},
         )
         for plan in plans
     ]
@@ -127,6 +142,7 @@ def _compiled(plan: Plan, sm: int, package: str, timeout_s: float) -> tuple[list
     with tempfile.TemporaryDirectory() as folder:
         answers = _answers_of_child(plan, sm, package, Path(folder), timeout_s)
         images = [(Path(folder) / f"{index}.cubin").read_bytes() for index in range(len(answers))]
+    check_assemblers({answer["assembler"] for answer in answers}, sm)
     rows = []
     cubins = []
     for kernel, answer, image in zip(plan.kernels, answers, images, strict=True):
@@ -135,6 +151,7 @@ def _compiled(plan: Plan, sm: int, package: str, timeout_s: float) -> tuple[list
             "kernel": kernel.name,
             "function": kernel.function,
             "cubin_bytes": len(image),
+            "spilled_bytes": answer["stack_bytes"] + answer["local_bytes"],
             **answer,
         }
         refusal = over_limit(row, sm)
@@ -149,11 +166,21 @@ def _compiled(plan: Plan, sm: int, package: str, timeout_s: float) -> tuple[list
     return cubins, rows
 
 
+def check_assemblers(releases: Iterable[str], sm: int) -> None:
+    """EngineError where another major release of CUDA than the platform's made the images."""
+    cuda = TARGETS[sm].cuda
+    other = [release for release in releases if _major(release) != _major(cuda)]
+    if other:
+        raise EngineError(
+            f"the images for sm_{sm} are of CUDA {other[0]}, and a driver of CUDA {cuda} need not load them.",
+            fix="install a Triton that brings both assemblers, as 3.7.1 does",
+        )
+
+
 def over_limit(row: Mapping[str, Any], sm: int) -> str:
     """Why a row of the resource table cannot be used on an architecture, or nothing."""
-    spilled = row["stack_bytes"] + row["local_bytes"]
-    if spilled:
-        return f"it spills {spilled} bytes per thread beside {row['registers']} registers"
+    if row["spilled_bytes"]:
+        return f"it spills {row['spilled_bytes']} bytes per thread beside {row['registers']} registers"
     scratch = row["global_scratch_bytes"] + row["profile_scratch_bytes"]
     if scratch:
         return f"it wants {scratch} bytes of scratch memory, which nothing provides"
@@ -169,6 +196,7 @@ def _answers_of_child(plan: Plan, sm: int, package: str, folder: Path, timeout_s
         "package": package,
         "sm": sm,
         "ptx_version": TARGETS[sm].ptx_version,
+        "assembler": TARGETS[sm].assembler,
         "folder": str(folder),
         "kernels": [{name: getattr(kernel, name) for name in fields} for kernel in plan.kernels],
     }

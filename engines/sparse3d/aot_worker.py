@@ -1,7 +1,7 @@
 """Child process of aot.py: the kernels of a plan for one architecture. A target that Triton mishandles aborts it alone.
 
-It reads a request as JSON on standard input: package (of the kernels), sm, ptx_version, kernels, folder. It leaves
-`<index>.cubin` of each kernel in the folder, and a line of JSON in `answer.jsonl`: a death tells which kernel it was.
+It reads a request as JSON on standard input: package (of the kernels), sm, ptx_version, assembler, kernels, folder. It
+leaves `<index>.cubin` of each kernel in the folder, and a line of JSON in `answer.jsonl`: a death tells which it was.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +28,9 @@ def main() -> None:
     """Serve one request."""
     request = json.load(sys.stdin)
     folder = Path(request["folder"])
+    tools = _tools()
+    # Triton would choose by architecture, and take one of CUDA 13 for platforms of CUDA 12.
+    os.environ["TRITON_PTXAS_PATH"] = os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = str(tools / request["assembler"])
     # ptxas of CUDA 13.1 orders symbols of sm_100 and sm_110 by their addresses; a sandbox may forbid to fix these.
     fixed = ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE) != -1
     with (folder / "answer.jsonl").open("w", encoding="utf-8", buffering=1) as answer:
@@ -54,11 +58,10 @@ def _compile(request: Mapping[str, Any], kernel: Mapping[str, Any], cubin: Path)
     done = triton.compile(
         source,
         target=backends.GPUTarget("cuda", request["sm"], 32),
-        options={**options, "ptx_version": request["ptx_version"]},
+        options={**options, "ptx_version": request["ptx_version"], "enable_fp_fusion": True},
     )
     cubin.write_bytes(done.asm["cubin"])
     metadata = done.metadata
-    tools = triton.knobs.nvidia
     return {
         "symbol": metadata.name,
         "threads": metadata.num_warps * 32,
@@ -66,11 +69,16 @@ def _compile(request: Mapping[str, Any], kernel: Mapping[str, Any], cubin: Path)
         "global_scratch_bytes": metadata.global_scratch_size,
         "profile_scratch_bytes": getattr(metadata, "profile_scratch_size", 0),
         "hidden_params": _parameters(done.asm["ptx"]) - len(parameters),
-        "assembler": (tools.ptxas_blackwell if request["sm"] >= 100 else tools.ptxas).version,
+        "assembler": triton.knobs.nvidia.ptxas.version,
         "async_copies": len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", done.asm["ptx"])),
         "matrix_products": len(re.findall(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma", done.asm["ptx"])),
-        **_resources(Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump", cubin),
+        **_resources(_tools() / "cuobjdump", cubin),
     }
+
+
+def _tools() -> Path:
+    """The folder of NVIDIA's programs in Triton's wheel."""
+    return Path(str(require("triton", extra="sparse3d").__file__)).parent / "backends" / "nvidia" / "bin"
 
 
 def _parameters(ptx: str) -> int:

@@ -13,10 +13,10 @@ def describe(plan: Plan) -> dict[str, Any]:
 
     buffers (name, kind, offset, bytes), steps (number, kernel, grid or bytes), workspace_bytes, constant_bytes,
     launches, memsets, layers (tiles kept, skipped, and predicted to be multiplied per frame), capacities, inputs and
-    outputs, status words, the features that a reader must have, the images by architecture, the cost on calibration
-    frames, and what else the planner noted (meta).
+    outputs, status words, the features that a reader must have, the images by architecture and the CUDA release that
+    assembled them, the cost on calibration frames, and what else the planner noted (meta).
     """
-    cost, steps = plan.meta.get("cost"), _steps(plan)
+    cost, steps, known = plan.meta.get("cost"), _steps(plan), plan.meta.get("assemblers", {})
     memsets = sum(isinstance(step, Memset) for step in plan.steps)
     return {
         "workspace_bytes": plan.workspace_bytes,
@@ -32,11 +32,20 @@ def describe(plan: Plan) -> dict[str, Any]:
         "status": [word.name for word in plan.status.words] if plan.status else [],
         "features": [name for name, bit in FEATURES.items() if plan.features & bit],
         "images": [
-            {"sm": f"sm_{sm}", "kernels": len(cubins), "bytes": sum(len(cubin.image) for cubin in cubins)}
+            {
+                "sm": f"sm_{sm}",
+                "kernels": len(cubins),
+                "bytes": sum(len(cubin.image) for cubin in cubins),
+                "made_by": f"CUDA {known.get(f'sm_{sm}', 'of an unknown release')}",
+            }
             for sm, cubins in sorted(plan.cubins.items())
         ],
         "cost": {name: value for name, value in cost.items() if name != "tile_products"} if cost else None,
-        "meta": {name: value for name, value in plan.meta.items() if name not in ("cost", "kept", "tile_shapes")},
+        "meta": {
+            name: value
+            for name, value in plan.meta.items()
+            if name not in ("cost", "kept", "tile_shapes", "assemblers")
+        },
         "buffers": [
             {"name": item.name, "kind": item.kind, "offset": item.offset, "bytes": item.bytes} for item in plan.buffers
         ],

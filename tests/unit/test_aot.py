@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dm3d_deploy.errors import EngineError, UsageError
-from engines.sparse3d.aot import TARGETS, compile_plan, over_limit, sms_of
+from engines.sparse3d.aot import TARGETS, check_assemblers, compile_plan, over_limit, sms_of
+from engines.sparse3d.describe import describe
 from engines.sparse3d.plan import Kernel, Plan
 from engines.sparse3d.plan_file import decode_plan, encode_plan
 
@@ -35,8 +37,7 @@ CROWDED = Kernel(
 )
 GOOD_ROW = {
     "registers": 40,
-    "stack_bytes": 0,
-    "local_bytes": 0,
+    "spilled_bytes": 0,
     "global_scratch_bytes": 0,
     "profile_scratch_bytes": 0,
     "shared_bytes": 101376,
@@ -83,11 +84,38 @@ def test_the_resource_table_is_plain_data_with_a_row_for_each_kernel() -> None:
     (row,) = json.loads(json.dumps(table))["kernels"]
     assert (row["sm"], row["kernel"], row["function"]) == ("sm_80", "scale/128", "kernels_sample.scale")
     assert 0 < row["registers"] < 256
-    assert row["stack_bytes"] == row["local_bytes"] == row["global_scratch_bytes"] == 0
+    assert row["spilled_bytes"] == row["stack_bytes"] == row["local_bytes"] == row["global_scratch_bytes"] == 0
     assert row["cubin_bytes"] == len(plan.cubins[80][0].image)
-    assert float(row["assembler"]) >= 12.0
     assert table["standing"] == "built, not run here"
-    assert table["targets"] == {"sm_80": {"ptx_version": 85, "cuda": "12.6"}}
+    assert table["targets"] == {"sm_80": {"ptx_version": 85, "platform_cuda": "12.6", "assembler": row["assembler"]}}
+
+
+def test_images_are_of_their_platforms_major_release_of_cuda() -> None:
+    """ELF's ABI version is 7 for CUDA 12's sm_80 to sm_90, 8 since; from 8 on the image itself names its assembler."""
+    pytest.importorskip("triton")
+    sms = (87, 101, 110, 120)
+    plan, table = compile_plan(plan_with(SCALE), sms, package="aot_sample")
+    told = {sm: table["targets"][f"sm_{sm}"]["assembler"] for sm in sms}
+    assert {sm: release.partition(".")[0] for sm, release in told.items()} == {
+        87: "12",
+        101: "12",
+        110: "13",
+        120: "12",
+    }
+    images = {sm: plan.cubins[sm][0].image for sm in sms}
+    assert {sm: image[8] for sm, image in images.items()} == {87: 7, 101: 8, 110: 8, 120: 8}
+    for sm in sms[1:]:
+        (release,) = re.findall(rb"tools, release (\d+\.\d+),", images[sm])
+        assert release.decode() == told[sm]
+    assert plan.meta["assemblers"] == {f"sm_{sm}": release for sm, release in told.items()}
+    made_by = {row["sm"]: row["made_by"] for row in describe(plan)["images"]}
+    assert made_by == {name: f"CUDA {release}" for name, release in plan.meta["assemblers"].items()}
+
+
+def test_an_assembler_of_another_major_release_is_refused() -> None:
+    check_assemblers({"12.9"}, 87)
+    with pytest.raises(EngineError, match=r"sm_120 are of CUDA 13\.1, and a driver of CUDA 12\.8 need not"):
+        check_assemblers({"13.1"}, 120)
 
 
 def test_a_kernel_that_spills_is_refused() -> None:
@@ -127,8 +155,7 @@ def test_a_compiler_that_takes_too_long_is_stopped() -> None:
     ("change", "sm", "sentence"),
     [
         ({}, 86, ""),
-        ({"stack_bytes": 8}, 86, "it spills 8 bytes per thread beside 40 registers"),
-        ({"local_bytes": 4}, 86, "it spills 4 bytes"),
+        ({"spilled_bytes": 8}, 86, "it spills 8 bytes per thread beside 40 registers"),
         ({"global_scratch_bytes": 128}, 86, "it wants 128 bytes of scratch memory, which nothing provides"),
         ({"profile_scratch_bytes": 1}, 86, "it wants 1 bytes of scratch memory"),
         ({"shared_bytes": 101377}, 86, "it wants 101377 bytes of shared memory of 101376"),
@@ -146,8 +173,6 @@ def test_limits(change: dict[str, int], sm: int, sentence: str) -> None:
 
 def test_architectures_are_named() -> None:
     assert sms_of(["sm_87", "sm_110", "sm_87"]) == (87, 110)
-    assert {80, 86, 87, 89, 90, 100, 110, 120} <= set(TARGETS)
-    with pytest.raises(UsageError, match=r"not compiled for sm_101: sm_101 is Thor under CUDA 12\.8"):
-        sms_of(["sm_101"])
+    assert {80, 86, 87, 89, 90, 100, 101, 110, 120} <= set(TARGETS)
     with pytest.raises(UsageError, match=r"not compiled for sm_75\. Fix: choose of sm_80, sm_86"):
         compile_plan(plan_with(SCALE), (75,), package="aot_sample")

@@ -9,11 +9,13 @@ from run_sample import Noted, tiny_recipe
 
 from dm3d_deploy import build as builder
 from dm3d_deploy.build import rerun
+from dm3d_deploy.device import DEVICES
 from dm3d_deploy.errors import EngineError, StaleArtifact
 from dm3d_deploy.plan_facts import describe_plan_of_run
 from dm3d_deploy.stages import FILES, RunContext
 from dm3d_deploy.steps import plan3d
 from dm3d_deploy.steps.plan3d import plan_devices
+from engines.sparse3d.aot import TARGETS
 from engines.sparse3d.plan_file import read_plan
 
 PLAN, POINTS, INFO = FILES["plan"], FILES["points_plan"], FILES["plan_info"]
@@ -38,7 +40,7 @@ def test_a_build_leaves_a_plan_with_kernels_and_their_resources(tiny_run):
     ]
     rows = [(row["sm"], row["kernel"]) for row in info["kernels"]]
     assert rows[: len(plan.kernels)] == [("sm_87", item.name) for item in plan.kernels]
-    assert {"registers", "shared_bytes", "stack_bytes", "local_bytes"} <= info["kernels"][0].keys()
+    assert {"registers", "shared_bytes", "spilled_bytes"} <= info["kernels"][0].keys()
     assert info["standing"] == "built, not run here"
     assert info["skipped"] == []
 
@@ -159,7 +161,7 @@ def test_the_report_tells_the_plan(tiny_run):
         ("auto", (87, 89, 110, 120), []),
         ("rtx", (80, 86, 89, 120), []),
         ("h100, orin", (87, 90), []),
-        ("thor", (), ["3D kernels for thor"]),
+        ("thor", (101,), []),
         ("cpu,gb10", (121,), ["3D kernels for cpu"]),
     ],
 )
@@ -167,8 +169,11 @@ def test_devices_become_architectures(names, sms, left_out):
     found, skipped = plan3d.sms_and_skipped(plan_devices(names))
     assert found == sms
     assert [row["layer"] for row in skipped] == left_out
-    if names == "thor":
-        assert "CUDA 13 calls it sm_110" in skipped[0]["reason"]
+
+
+def test_every_device_with_a_gpu_has_an_architecture_that_kernels_are_compiled_for():
+    named = {device.sm for device in DEVICES if device.sm}
+    assert named <= {f"sm_{sm}" for sm in TARGETS}
 
 
 def test_plan_inspect_says_what_the_plan_takes(tiny_run, cli):
