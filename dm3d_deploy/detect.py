@@ -78,7 +78,7 @@ class DeployedDetector:
         """The four stages by name, each fed with what the one before gave."""
         return {
             "voxelise": self.voxels_of,
-            "3D": self.bev_from_voxels,
+            "3D" if self.config.pillars is None else "pillars": self.bev_from_voxels,
             "BEV + head": self.maps_from_bev,
             "decode + NMS": self.decode,
         }

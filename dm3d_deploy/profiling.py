@@ -84,7 +84,7 @@ def cells_read(detector: Detector, layers: Sequence[Layer]) -> dict[str, int]:
         cells = round(float(layer.positions[0]))
         if isinstance(module, nn.Conv2d):
             found[layer.name] = cells * module.stride[0] * module.stride[1]
-        elif layer.kind != "sparse":
+        elif layer.kind == "deconv2d":
             found[layer.name] = cells
     return found
 

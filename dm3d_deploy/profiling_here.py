@@ -16,7 +16,7 @@ from dm3d_deploy.device import stamp_here
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.pointcloud import Voxels
 from dm3d_deploy.pruning.contracts import Layer
-from dm3d_deploy.pruning.profiles import LayerTimes, Profile, TimeCurve
+from dm3d_deploy.pruning.profiles import LayerTimes, Profile, TimeCurve, untimed
 from dm3d_deploy.reporting.facts import machine_from_stamp
 from engines.onnx_runtime import open_session, run_backbone
 from exporters.micro_builds import dense_micro_build, sparse_micro_build
@@ -113,7 +113,10 @@ def measured_profile(
         maps = _kernel_maps(detector, frame)
         found = []
         for index, layer in enumerate(layers):
-            found.append(_sparse(bench, layer, maps) if layer.kind == "sparse" else _dense(bench, detector, layer))
+            if layer.kind == "linear":
+                found.append(untimed(layer))
+            else:
+                found.append(_sparse(bench, layer, maps) if layer.kind == "sparse" else _dense(bench, detector, layer))
             tell(index + 1, len(layers) + 1)
         fixed, notes = _whole_graphs(bench, detector, frame, found)
         notes += [_zeros(bench, detector, layers, found), _steadiness(bench)]
@@ -133,6 +136,8 @@ def _kernel_maps(detector: Detector, frame: Voxels) -> dict[str, tuple[str, Kern
 
     from dm3d_deploy.models.sparse import SparseTensor
 
+    if detector.over_pillars:
+        return {}
     coords = torch.from_numpy(frame.coords.astype(np.int64))
     x = SparseTensor(torch.empty(len(coords), 0), coords, detector.backbone_3d.shape_zyx, 1)
     found = {}
@@ -179,10 +184,14 @@ def _whole_graphs(
     """What the whole 3D graph takes beyond its layers, and both graphs beside the sums of their layers."""
     from exporters.backbone3d import export_backbone3d
     from exporters.bev_head import export_bev_head
+    from exporters.pillars import export_pillars
 
     backbone, head = bench.folder / "backbone3d.onnx", bench.folder / "bev_head.onnx"
-    digest = export_backbone3d(detector, backbone, max_voxels=len(frame.coords)).artifact.digest
-    session = open_session(backbone, digest=digest, threads=None)
+    if detector.over_pillars:
+        to_bev, words = export_pillars(detector, backbone), "the pillars' graph"
+    else:
+        to_bev, words = export_backbone3d(detector, backbone, max_voxels=len(frame.coords)), "the 3D graph"
+    session = open_session(backbone, digest=to_bev.artifact.digest, threads=None)
     whole = bench.median_ms(lambda: run_backbone(session, frame))
     graph = export_bev_head(detector, head, precision=bench.precision)
     session = open_session(head, digest=graph.artifact.digest, threads=None)
@@ -191,7 +200,7 @@ def _whole_graphs(
     sparse = sum(layer.dense_ms for layer in layers if layer.kind == "sparse")
     dense = sum(layer.dense_ms for layer in layers if layer.kind != "sparse")
     return {"3d": max(0.0, whole - sparse)}, [
-        f"the 3D graph as a whole: {whole:.4g} ms; its layers alone: {sparse:.4g} ms; the rest counts as fixed",
+        f"{words} as a whole: {whole:.4g} ms; its layers alone: {sparse:.4g} ms; the rest counts as fixed",
         f"BEV and head as a whole: {flat:.4g} ms; its layers alone, which is what counts here: {dense:.4g} ms",
         "voxelisation, decoding and NMS are not in it",
         "fewer output channels also narrow the next layer's input; that saving is left out",
@@ -208,7 +217,8 @@ def _steadiness(bench: _Bench) -> str:
 
 
 def _zeros(bench: _Bench, detector: Detector, layers: Sequence[Layer], times: Sequence[LayerTimes]) -> str:
-    flat = [(time.dense_ms, layer) for layer, time in zip(layers, times, strict=True) if layer.kind != "sparse"]
+    pairs = zip(layers, times, strict=True)
+    flat = [(time.dense_ms, layer) for layer, time in pairs if layer.kind in ("conv2d", "deconv2d")]
     dense, dearest = max(flat, key=lambda pair: pair[0])
     zeros = bench.dense_ms(dearest, dearest.outputs, _stride(detector, dearest), two_four=True)
     return f"half of the weights of {dearest.name} zero as 2:4 leaves them: {zeros:.4g} ms, dense {dense:.4g} ms"

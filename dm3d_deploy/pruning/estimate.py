@@ -11,7 +11,7 @@ from dm3d_deploy.device import Device
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.pruning import latency_model as model
 from dm3d_deploy.pruning.contracts import Layer
-from dm3d_deploy.pruning.profiles import LayerTimes, Profile, TimeCurve
+from dm3d_deploy.pruning.profiles import LayerTimes, Profile, TimeCurve, untimed
 
 WIDTH_SHARES = tuple(k / 16 for k in range(1, 17))
 CLOCK = "roofline with wave quantisation (docs/measurements/latency-model.md)"
@@ -20,6 +20,7 @@ NOTES = (
     "that a skipped tile saves its share of the 3D stage's time has been measured by nobody",
     "fewer output channels also narrow the next layer's input; that saving is left out",
 )
+PILLAR_NOTE = "the point network of the pillars and their scatter are not in it: nobody published their time alone"
 
 
 def estimated_profile(
@@ -44,7 +45,9 @@ def estimated_profile(
         band={"3d": sparse_band, "2d": dense_band, "head": dense_band},
         fixed_ms={"3d": fixed},
         layers=tuple(
-            _sparse_times(layer, variable * layer.macs / sparse_macs)
+            untimed(layer)
+            if layer.kind == "linear"
+            else _sparse_times(layer, variable * layer.macs / sparse_macs)
             if layer.kind == "sparse"
             else _dense_times(layer, cells_in[layer.name], figures)
             for layer in layers
@@ -55,7 +58,7 @@ def estimated_profile(
             "figures": f"{figures.multiprocessors} SM, {figures.tflops['fp16']:g} TFLOPS, {figures.gb_per_s:g} GB/s",
             "standing of the figures": str(device.standing),
         },
-        notes=NOTES,
+        notes=(*NOTES, PILLAR_NOTE) if any(layer.kind == "linear" for layer in layers) else NOTES,
     )
 
 

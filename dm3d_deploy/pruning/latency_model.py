@@ -151,7 +151,10 @@ def check_voxels(kilovoxels: float) -> None:
 
 
 def check_layers(layers: Iterable[Layer]) -> None:
-    """UsageError for layers that no published time speaks for: other 3D widths, 2D inputs outside 64 to 512."""
+    """UsageError for layers that no published time speaks for: other 3D widths, 2D inputs outside 64 to 512.
+
+    Linear layers are those of pillars, which the estimate leaves out.
+    """
     all_layers = tuple(layers)
     widths = tuple(sorted({layer.outputs for layer in all_layers if layer.kind == "sparse"}))
     if widths and widths != SPARSE_WIDTHS:
@@ -162,7 +165,7 @@ def check_layers(layers: Iterable[Layer]) -> None:
         )
     low, high = CHANNELS
     for layer in all_layers:
-        if layer.kind != "sparse" and not low <= layer.inputs <= high:
+        if layer.kind in ("conv2d", "deconv2d") and not low <= layer.inputs <= high:
             raise UsageError(
                 f"{layer.name} has {layer.inputs} input channels; the estimate was checked for {low} to {high}.",
                 fix=MEASURE,

@@ -63,6 +63,13 @@ class LayerTimes:
         return self.dense_ms if curve is None or share >= 1 else curve.at(share)
 
 
+def untimed(layer: Layer) -> LayerTimes:
+    """A layer that no time is counted for, so that pruning it saves none."""
+    return LayerTimes(
+        layer=layer.name, part=layer.part, kind=layer.kind, shape=layer.shape, dense_ms=0.0, curves={}
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """A device's times for one model at one count of voxels.

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dm3d_deploy.reporting.facts import (
-    PART_TITLES,
     backbone_macs,
     milliseconds,
+    part_titles,
     percent,
     scaled,
     share_of,
@@ -126,7 +126,8 @@ def _share_row(axes: Axes, row: int, kept: float, executed: float, ink: str) -> 
 def macs_chart(report: Mapping[str, Any]) -> str:
     """MACs by part: bars are as long as the part is large, filled as far as it is kept and executed."""
     by_part = report["macs"]["by_part"]
-    rows = [(PART_TITLES[part], by_part[part], part) for part in PART_TITLES if part in by_part]
+    titles = part_titles(report["layers"])
+    rows = [(title, by_part[part], part) for part, title in titles.items() if part in by_part]
     rows += [("Backbones", backbone_macs(report), "accent"), ("Whole model", report["macs"], "accent")]
 
     def paint(figure: Figure) -> None:
@@ -159,7 +160,7 @@ def _few_ticks() -> Any:
 def allocation_chart(layers: Sequence[Mapping[str, Any]], part: str) -> str:
     """Share of MACs kept in every layer of one part, its pattern, and where the MACs lie (the paper's Fig. 4)."""
     own = [layer for layer in layers if layer["part"] == part]
-    names = _short_names([layer["name"] for layer in own])
+    names, title = _short_names([layer["name"] for layer in own]), part_titles(layers)[part]
 
     def paint(figure: Figure) -> None:
         shares = _axes(figure, 128, 190, len(own))
@@ -176,12 +177,12 @@ def allocation_chart(layers: Sequence[Mapping[str, Any]], part: str) -> str:
             _text(shares, 1.24, row, layer["pattern"][:14], ink="muted")
             costs.barh(row, layer["dense_macs"], height=0.62, color=INK["track"])
             costs.barh(row, layer["kept_macs"], height=0.62, color=INK[part])
-        _title(shares, f"{PART_TITLES[part]}: share of MACs kept")
+        _title(shares, f"{title}: share of MACs kept")
         _title(shares, "pattern", x=1.24)
         _title(costs, "MACs")
 
     height = TOP_PX + BOTTOM_PX + ROW_PX * len(own)
-    return _draw(f"allocation-{part}", f"Kept share of each layer of the {PART_TITLES[part]}", 530, height, paint)
+    return _draw(f"allocation-{part}", f"Kept share of each layer of the {title}", 530, height, paint)
 
 
 def distortion_rows(report: Mapping[str, Any]) -> list[tuple[str, float, list[float], str]]:

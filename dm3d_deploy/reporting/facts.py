@@ -13,7 +13,8 @@ REFERENCE_VARIANT = "dense"
 TOTAL_STAGE = "total"
 PART_TITLES = {"3d": "3D backbone", "2d": "2D backbone", "head": "Head"}
 BACKBONE_PARTS = ("3d", "2d")
-STAGE_PARTS = {"3D": ("3d",), "BEV + head": ("2d", "head")}
+PILLAR_TITLES = {**PART_TITLES, "3d": "Pillar feature net"}
+STAGE_PARTS = {"BEV + head": ("2d", "head")}
 NORMAL_975 = 1.959964
 
 
@@ -71,6 +72,11 @@ def plan_words(plan: Mapping[str, Any]) -> str:
         f"{size(plan['workspace_bytes'])} of workspace, {plan['launches']} launches, "
         f"{plan['tiles_kept']:,} of {plural(tiles, 'tile')} kept; {names + ': ' if names else ''}{plan['standing']}"
     )
+
+
+def part_titles(layers: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
+    """What the parts of a detector are called, by its layers: pillars have a point network and no 3D backbone."""
+    return PILLAR_TITLES if any(layer["name"].startswith("vfe.") for layer in layers) else PART_TITLES
 
 
 def share_of(macs: Mapping[str, float], column: str) -> float:
@@ -166,14 +172,20 @@ class PlannedRow:
 
 
 def planned_rows(report: Mapping[str, Any]) -> list[PlannedRow]:
-    """The planned time by the stages that the bench times; none where the budget counted multiplications."""
+    """The planned time by the stages that the bench times; none where the budget counted multiplications.
+
+    A stage that the profile leaves out has no row.
+    """
     if report["planned_time"] is None:
         return []
     by_part = report["planned_time"]["by_part"]
     here = {(entry["stage"], entry["variant"]): entry["p50_ms"] for entry in report["latency"] if entry["measured"]}
     rows = []
-    for stage, names in STAGE_PARTS.items():
+    first = "pillars" if part_titles(report["layers"]) is PILLAR_TITLES else "3D"
+    for stage, names in {first: ("3d",), **STAGE_PARTS}.items():
         parts = [by_part[name] for name in names if name in by_part]
+        if not any(part["dense_ms"] for part in parts):
+            continue
         bands = [part["band"] for part in parts]
         dense, pruned = here.get((stage, REFERENCE_VARIANT)), here.get((stage, "pruned"))
         rows.append(

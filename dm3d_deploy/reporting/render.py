@@ -57,7 +57,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "r": report,
         "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
         "charts": pictures,
-        "part_titles": facts.PART_TITLES,
+        "part_titles": facts.part_titles(report["layers"]),
         "parts": _part_rows(report),
         "tags": _tags(report),
         "distortion": distortion,
@@ -93,8 +93,12 @@ def _charts(report: Mapping[str, Any]) -> dict[str, str]:
 def _part_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The MACs table: each part, then both denominators."""
     by_part = report["macs"]["by_part"]
-    rows = [(facts.PART_TITLES[part], part, by_part[part]) for part in facts.PART_TITLES if part in by_part]
-    rows += [("Backbones (3D + 2D)", "sum", facts.backbone_macs(report)), ("Whole model", "sum", report["macs"])]
+    titles = facts.part_titles(report["layers"])
+    rows = [(title, part, by_part[part]) for part, title in titles.items() if part in by_part]
+    rows += [
+        (f"{titles['3d']} + {titles['2d']}", "sum", facts.backbone_macs(report)),
+        ("Whole model", "sum", report["macs"]),
+    ]
     return [
         {
             "title": title,

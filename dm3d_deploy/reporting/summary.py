@@ -58,7 +58,7 @@ def _table(*columns: str) -> Table:
 def _macs(report: Mapping[str, Any]) -> Table:
     table = _table("MACs per frame", "dense", "kept", "share", "executed", "share")
     by_part = report["macs"]["by_part"]
-    rows = [(title, by_part[part]) for part, title in facts.PART_TITLES.items() if part in by_part]
+    rows = [(title, by_part[part]) for part, title in facts.part_titles(report["layers"]).items() if part in by_part]
     rows += [("backbones", facts.backbone_macs(report)), ("whole model", report["macs"])]
     for title, macs in rows:
         table.add_row(

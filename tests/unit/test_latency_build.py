@@ -61,7 +61,7 @@ def words_of(report) -> str:
 def test_an_estimate_says_so_in_every_line() -> None:
     part = {"dense_ms": 10.0, "planned_ms": 8.0, "fixed_ms": 1.0}
     report = {
-        "latency": [],
+        "latency": [], "layers": [],
         "planned_time": {
             "label": "estimated for thor, not measured", "standing": "estimated", "voxels": 60_000, "dense_ms": 20.0,
             "planned_ms": 16.0, "by_part": {"3d": {**part, "band": None}, "2d": {**part, "band": 0.2}},

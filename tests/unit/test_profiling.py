@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 from run_sample import TINY, tiny_recipe
+from zoo_sample import small_cloud_points, variant_text
 
 from dm3d_deploy.config import load_config
+from dm3d_deploy.device import device_named
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.models.detector import build_detector
 from dm3d_deploy.profiling import cells_read, profile, profile_for_build, read_profile
 from dm3d_deploy.pruning.contracts import Layer
+from dm3d_deploy.pruning.estimate import estimated_profile
 from dm3d_deploy.steps.layers import layers_of
 from engines.onnx_runtime import open_session
 from exporters.micro_builds import dense_micro_build, sparse_micro_build
@@ -86,6 +89,32 @@ def test_what_cannot_be_profiled_is_refused(given, words: str, tiny_frames, tmp_
     with pytest.raises(UsageError, match=words):
         profile(str(TINY), out=tmp_path / "p.json", frames=str(tiny_frames), **given)
     assert not (tmp_path / "p.json").exists()
+
+
+def pillar_layers(name: str) -> tuple[object, tuple[Layer, ...]]:
+    detector = build_detector(load_config(name))
+    return detector, layers_of(detector, [{"vfe.pfn_layers.0.linear": np.array([320_000])}])
+
+
+def test_times_of_pillars_leave_their_point_network_out() -> None:
+    detector, layers = pillar_layers("pointpillars")
+    cells = cells_read(detector, layers)
+    found = estimated_profile(layers, cells, device_named("orin"), voxels=10_000, model_name="pointpillars")
+    assert (found.layers[0].layer, found.layers[0].dense_ms) == ("vfe.pfn_layers.0.linear", 0)
+    assert found.dense_ms == pytest.approx(3.417, abs=1e-3)  # 3.4 ms beside 4.87 published: latency-model.md
+    assert found.notes[-1].startswith("the point network of the pillars and their scatter are not in it")
+
+
+def test_pillars_are_measured_here_by_their_whole_graph(tmp_path) -> None:
+    (tmp_path / "small.yaml").write_text(variant_text("pointpillars"))
+    np.save(tmp_path / "frame.npy", small_cloud_points(4))
+    found = profile(
+        str(tmp_path / "small.yaml"), device="here", out=tmp_path / "p.json", frames=str(tmp_path), precision="fp32",
+        repeats=1,
+    )  # fmt: skip
+    assert found.fixed_ms["3d"] > 0
+    assert [row.dense_ms > 0 for row in found.layers] == [row.kind != "linear" for row in found.layers]
+    assert any(note.startswith("the pillars' graph as a whole") for note in found.notes)
 
 
 def test_a_stride_reads_more_cells_than_it_writes() -> None:

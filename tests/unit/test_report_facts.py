@@ -13,6 +13,7 @@ from report_sample import sample_report
 
 from dm3d_deploy.device import stamp_here
 from dm3d_deploy.reporting import facts
+from dm3d_deploy.reporting.render import render_html
 from dm3d_deploy.reporting.schema import validate_report
 
 
@@ -67,6 +68,16 @@ def entry(variant: str, *samples_ms: float, stage: str = "total", measured: bool
         "samples_ms": list(samples_ms),
         "p50_ms": sorted(samples_ms)[len(samples_ms) // 2],
     }
+
+
+def test_pillars_have_a_feature_net_and_no_3d_backbone() -> None:
+    report = sample_report()
+    assert facts.part_titles(report["layers"])["3d"] == "3D backbone"
+    report["layers"] = [{**layer, "name": layer["name"].replace("backbone_3d", "vfe")} for layer in report["layers"]]
+    assert facts.part_titles(report["layers"])["3d"] == "Pillar feature net"
+    page = render_html(report)
+    assert "3D backbone: share" not in page
+    assert "Pillar feature net + 2D backbone" in page
 
 
 def test_faster_is_said_only_where_the_intervals_are_apart() -> None:
