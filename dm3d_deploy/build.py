@@ -229,8 +229,7 @@ class _Book:
         """Digest of everything the stage's result depends on."""
         inputs = {}
         for kind in stage.reads:
-            producer = next(s for s in STAGES if kind in s.writes or kind in s.optional)
-            step = self.step(producer.name)
+            step = self.step(_producer(kind).name)
             inputs[kind] = [a.digest for a in step.outputs if a.kind == kind] if step else []
         recipe = self.recipe.as_json()
         content: Mapping[str, Any] = {
@@ -285,7 +284,7 @@ class _Book:
         """Forget later steps that do not follow from this one any more: their files are another recipe's."""
         for later in STAGES[STAGE_NAMES.index(stage.name) + 1 :]:
             step = self.step(later.name)
-            if step is not None and not later.outside and step.key != self.key(later):
+            if step is not None and "frames" not in later.outside and step.key != self.key(later):
                 self._forget(later)
 
     def leave_no_trace(self) -> None:
@@ -300,7 +299,7 @@ class _Book:
     def check_inputs(self, stage: Stage) -> None:
         """StaleArtifact unless every file that the stage reads is there and is the one recorded."""
         for kind in stage.reads:
-            producer = next(s for s in STAGES if kind in s.writes or kind in s.optional)
+            producer = _producer(kind)
             step = self.step(producer.name)
             if step is None:
                 raise StaleArtifact(
@@ -341,6 +340,10 @@ class _Book:
     def record_seconds(self, name: str, seconds: float) -> None:
         self.measurements = self.measurements.with_seconds(name, seconds)
         write_measurements(self.root, self.measurements)
+
+
+def _producer(kind: str) -> Stage:
+    return next(stage for stage in STAGES if kind in stage.writes or kind in stage.optional)
 
 
 def _trained(root: Path) -> bool:

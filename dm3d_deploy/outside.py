@@ -1,4 +1,4 @@
-"""Digests of what lies outside a run and yet decides it: the model's YAML, the checkpoint, the frames, the profile."""
+"""Digests of what lies outside a run and yet decides it: the model's YAML, weights, frames, times, training data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from calib.calibration_set import FramePlan, plan_frames
 from dm3d_deploy.artifacts import canonical_json, digest_of_bytes, digest_of_file
 from dm3d_deploy.config import DetectorConfig, load_config
-from dm3d_deploy.errors import CheckpointError, InternalError
+from dm3d_deploy.errors import CheckpointError, FrameError, InternalError
 from dm3d_deploy.models.bundled import bundled_weights
 from dm3d_deploy.profiling import read_profile
 from dm3d_deploy.recipe import Recipe
@@ -51,6 +51,8 @@ def outside_digest(name: str, recipe: Recipe) -> str:
             "files": {path: digest_of_file(Path(path)) for path in files},
         }
         return digest_of_bytes(canonical_json(content).encode())
+    if name == "recover_data":
+        return _training_files(Path(recipe.recover_data)) if recipe.recover_data != "simulated" else "none"
     if name == "profile":
         if recipe.cost != "latency":
             return "none"
@@ -58,3 +60,15 @@ def outside_digest(name: str, recipe: Recipe) -> str:
         times = read_profile(Path(named)).digest() if Path(named).suffix == ".json" else named
         return f"{times} {recipe.precision}"  # times of one precision serve no other
     raise InternalError(f"no outside input is called '{name}'")
+
+
+def _training_files(folder: Path) -> str:
+    """By what labels say and by names and sizes of all else: a data set's points take minutes to read."""
+    if not folder.is_dir():
+        raise FrameError(f"there is no folder {folder} to learn from.", fix="give a folder to --recover-data")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    told = {
+        path.relative_to(folder).as_posix(): digest_of_file(path) if path.suffix == ".txt" else path.stat().st_size
+        for path in files
+    }
+    return digest_of_bytes(canonical_json(told).encode())

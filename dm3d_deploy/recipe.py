@@ -14,7 +14,8 @@ PATTERNS = ("auto", "unstructured", "channels")
 PRECISIONS = ("fp16", "fp32")
 COSTS = ("macs", "executed", "latency")
 METHODS = ("dm3d", "uniform", "erk", "lamp", "taylor", "paper-eq13")
-RECOVERIES = ("none", "bn", "reconstruct", "distill")
+RECOVERIES = ("none", "bn", "reconstruct", "distill", "finetune")
+LEARNING = ("distill", "finetune")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class Recipe:
     device's name, else the one `device`). `candidates` allocations for a target are verified by a true forward.
     `model` is a name or a YAML path, `frames` is `simulated`, a file or a folder. Of the frames, `calibration_frames`
     rank and price the weights, `selection_frames` accept or refuse the recovery, `held_out_frames` only report.
+    The `recover_steps` of distill and finetune learn from `recover_data`: simulated scenes, or a folder, which
+    finetune needs labelled.
     Average precision is counted on `score_frames` simulated scenes beside them, 0 for none.
     `start` names weights that pruning starts from in place of the dense ones, those of an earlier round.
     `method` is DM3D or a baseline to hold it against; no `sketches` at all is the plain sum of paper-eq13.
@@ -47,7 +50,8 @@ class Recipe:
     device: str = "auto"
     precision: str = "fp16"
     recover: str = "reconstruct"
-    distill_steps: int = 500
+    recover_steps: int = 500
+    recover_data: str = "simulated"
     calibration_frames: int = 8
     selection_frames: int = 2
     held_out_frames: int = 4
@@ -73,12 +77,16 @@ class Recipe:
         ):
             if value not in known:
                 raise UsageError(f"--{name} {value} is unknown.", fix=nearest(value, known))
-        counts = ("ratios", "box_cells", "bench_repeats", "candidates", "distill_steps")
+        counts = ("ratios", "box_cells", "bench_repeats", "candidates", "recover_steps")
         for name in ("calibration_frames", "held_out_frames", *counts):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}.", fix="give at least 1")
         if min(self.selection_frames, self.score_frames, self.seed) < 0:
             raise UsageError("selection_frames, score_frames and seed cannot be negative.", fix="give 0 or more")
+        if self.recover not in LEARNING and self.recover_data != "simulated":
+            raise UsageError(
+                f"--recover {self.recover} learns from no --recover-data.", fix="give --recover distill or finetune"
+            )
         self._check_goal()
         self._check_method()
 

@@ -132,7 +132,8 @@ STAGES: tuple[Stage, ...] = (
         name="recover", says="make good what pruning broke", run="dm3d_deploy.steps.recover:recover",
         reads=("model_config", "dense_weights", "start_weights", "masks", "frames", "frames_info", "output_scale"),
         writes=("pruned_weights", "recovery"),
-        recipe=("recover", "distill_steps", "lambda_box", "lambda_score", "box_cells", "seed"),
+        recipe=("recover", "recover_steps", "recover_data", "lambda_box", "lambda_score", "box_cells", "seed"),
+        outside=("recover_data",),
     ),
     Stage(
         name="export", says="write ONNX", run="dm3d_deploy.steps.deploy:export",

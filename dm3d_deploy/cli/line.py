@@ -26,20 +26,24 @@ if TYPE_CHECKING:
     from dm3d_deploy.recipe import Recipe
 
 
+Cost = Annotated[str | None, typer.Option(help="macs, executed or latency [default: latency for a time, else macs].")]
+Profile = Annotated[str | None, typer.Option(help="Of --cost latency: a profile.json, or a device to estimate for.")]
+RecoverData = Annotated[
+    str, typer.Option(help="Of distill and finetune: a folder, labelled for finetune, or 'simulated'.")
+]
+
+
 @app.command(rich_help_panel=FOREGROUND)
 def build(
     model: Annotated[str, typer.Option(help="A model's name, or an OpenPCDet YAML.")],
     target: Annotated[str | None, typer.Option(help="Share of the cost to keep, in (0, 1], or a time: 25ms.")] = None,
     max_distortion: Annotated[float | None, typer.Option(help="Or: the cheapest within this distortion.")] = None,
-    cost: Annotated[
-        str | None, typer.Option(help="macs, executed or latency [default: latency for a time, else macs].")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="Of --cost latency: a profile.json, or a device to estimate for.")
-    ] = None,
+    cost: Cost = None,
+    profile: Profile = None,
     method: Annotated[str, typer.Option(help="dm3d, or a baseline: uniform, erk, lamp, taylor, paper-eq13.")] = "dm3d",
-    recover: Annotated[str, typer.Option(help="none, bn, reconstruct or distill, behind the masks.")] = "reconstruct",
-    distill_steps: Annotated[int, typer.Option(help="Of --recover distill: steps on simulated crops.")] = 500,
+    recover: Annotated[str, typer.Option(help="none, bn, reconstruct, distill or finetune.")] = "reconstruct",
+    recover_steps: Annotated[int, typer.Option(help="Of distill and finetune: training steps.")] = 500,
+    recover_data: RecoverData = "simulated",
     rounds: Annotated[int, typer.Option(help="Prune gradually: rank, price and recover anew in each round.")] = 1,
     checkpoint: Annotated[Path | None, typer.Option(help="OpenPCDet .pth, or .safetensors.")] = None,
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
@@ -64,7 +68,8 @@ def build(
     goal: dict[str, Any] = {} if target is None else goal_from_text(target)
     recipe = Recipe(
         model=model, **goal, max_distortion=max_distortion, profile=profile, method=method, recover=recover,
-        sketches=0 if method == "paper-eq13" else 2, distill_steps=distill_steps,
+        sketches=0 if method == "paper-eq13" else 2, recover_steps=recover_steps,
+        recover_data=recover_data,
         cost=cost or ("latency" if "target_ms" in goal else "macs"),
         checkpoint=str(checkpoint) if checkpoint else None, frames=frames, scope=scope,
         patterns=patterns, device=device, precision=precision, calibration_frames=calibration_frames,

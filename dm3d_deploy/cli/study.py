@@ -17,7 +17,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder of the runs and of their comparison.")],
     targets: Annotated[str, typer.Option(help="Shares of the multiplications to keep.")] = "0.7,0.5,0.3",
     methods: Annotated[str, typer.Option(help="dm3d, uniform, erk, lamp, taylor.")] = "dm3d,uniform,erk,lamp,taylor",
-    recover: Annotated[str, typer.Option(help="none, bn, reconstruct or distill, the same for all.")] = "none",
+    recover: Annotated[str, typer.Option(help="none, bn, reconstruct, distill or finetune, for all.")] = "none",
     checkpoint: Annotated[Path | None, typer.Option(help="OpenPCDet .pth, or .safetensors.")] = None,
     frames: Annotated[str, typer.Option(help="A folder of point clouds, or 'simulated'.")] = "simulated",
     held_out_frames: Annotated[int, typer.Option(help="Frames that only report.")] = 16,

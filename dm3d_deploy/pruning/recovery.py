@@ -1,4 +1,4 @@
-"""Recovery without labels: which steps there are, batch-norm statistics, and acceptance on evidence alone."""
+"""Recovery: which steps there are, batch-norm statistics, and acceptance on evidence alone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ STEPS_OF: dict[str, tuple[str, ...]] = {
     "bn": ("bn",),
     "reconstruct": ("reconstruct",),
     "distill": ("reconstruct", "distill"),
+    "finetune": ("reconstruct", "finetune"),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acceptance:
-    """Whether a step of recovery is taken: mean distortion on the selection frames before and after it."""
+    """Whether a step of recovery is taken: the mean of a measure, on what did not make the step, before and after."""
 
     method: str
+    measure: str
     before: float
     after: float
     accepted: bool
@@ -50,13 +52,22 @@ def mean_statistics(
     }
 
 
-def judge(method: str, before: Sequence[float], after: Sequence[float]) -> Acceptance:
-    """Accept a step when the mean distortion of the selection frames falls; NaN and no frames are refusals."""
+def judge(
+    method: str,
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    measure: str = "distortion",
+    where: str = "selection frames",
+) -> Acceptance:
+    """Accept a step when the mean of what is measured falls; NaN and no evidence are refusals."""
     if not before or len(before) != len(after):
-        raise InternalError(f"a recovery is judged on the same frames, not {len(before)} and {len(after)}")
+        raise InternalError(f"a recovery is judged on the same {where}, not {len(before)} and {len(after)}")
     first, second = math.fsum(before) / len(before), math.fsum(after) / len(after)
-    if second < first:
-        reason = f"the distortion of {len(before)} selection frames fell from {first:.4g} to {second:.4g}"
-        return Acceptance(method=method, before=first, after=second, accepted=True, reason=reason)
-    reason = f"the distortion of {len(before)} selection frames did not fall: {first:.4g} before, {second:.4g} after"
-    return Acceptance(method=method, before=first, after=second, accepted=False, reason=reason)
+    fell = second < first
+    reason = (
+        f"the {measure} of {len(before)} {where} fell from {first:.4g} to {second:.4g}"
+        if fell
+        else f"the {measure} of {len(before)} {where} did not fall: {first:.4g} before, {second:.4g} after"
+    )
+    return Acceptance(method=method, measure=measure, before=first, after=second, accepted=fell, reason=reason)

@@ -96,6 +96,7 @@ SCHEMA: dict[str, Any] = {
             "steps": ListOf(
                 {
                     "method": WORDS,
+                    "measure": WORDS,
                     "accepted": FLAG,
                     "before": AMOUNT,
                     "after": AMOUNT,

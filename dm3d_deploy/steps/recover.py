@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save
 
 from dm3d_deploy.artifacts import write_bytes, write_json
-from dm3d_deploy.config import load_config
 from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.pruning.recovery import STEPS_OF, Acceptance, judge, mean_statistics
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.frame_work import Maps, Pieces, distortions, frame_job, frames_of, outputs_of
-
-if TYPE_CHECKING:
-    from dm3d_deploy.training.batch import Batch
 
 State = dict[str, np.ndarray]
 
@@ -29,9 +26,16 @@ TITLES = {
     "bn": "batch-norm re-estimation",
     "reconstruct": "layer-wise reconstruction",
     "distill": "label-free distillation",
+    "finetune": "fine-tuning with labels",
 }
-CROPS = 2
-DISTILL_RATE = 2e-4  # a tenth of the rate that trained the dense weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """Weights to judge; `labelled` are the losses before and after on labelled crops that they did not learn from."""
+
+    state: State
+    labelled: tuple[list[float], list[float]] | None = None
 
 
 def recover(run: RunContext) -> None:
@@ -40,18 +44,21 @@ def recover(run: RunContext) -> None:
     steps, selection = STEPS_OF[run.recipe.recover], frames_of(run, "selection")
     rows: list[Acceptance] = []
     seconds: dict[str, float] = {}
+    found = _nothing(run.recipe.recover)
     if steps and selection:
         trials = _Trials(run, selection, steps)
+        before = trials.current
         for step in steps:
             started = time.perf_counter()
-            candidate = _MAKERS[step](run, state, trials)
-            verdict = trials.judged(TITLES[step], candidate)
-            state = candidate if verdict.accepted else state
+            tried = _MAKERS[step](run, state, trials)
+            verdict = trials.judged(TITLES[step], tried)
+            state = tried.state if verdict.accepted else state
             rows.append(verdict)
             seconds[verdict.method] = round(time.perf_counter() - started, 3)
         trials.close()
+        found = _as_json(rows, before, trials.last)
     write_bytes(run.path("pruned_weights"), save(state))
-    write_json(run.path("recovery"), _as_json(run.recipe.recover, rows, bool(selection)))
+    write_json(run.path("recovery"), found)
     write_json(run.path("recovery_seconds"), seconds)
 
 
@@ -60,17 +67,20 @@ def masked_weights(run: RunContext) -> State:
     return masked_state(load_file(run.start), load_file(run.path("masks")))
 
 
-def _as_json(asked: str, rows: list[Acceptance], judged: bool) -> dict[str, Any]:
-    if rows:
-        taken = [row for row in rows if row.accepted]
-        return {
-            "method": ", then ".join(row.method for row in taken or rows),
-            "accepted": bool(taken),
-            "before": rows[0].before,
-            "after": taken[-1].after if taken else rows[-1].after,
-            "reason": "; ".join(row.reason for row in taken or rows),
-            "steps": [asdict(row) for row in rows],
-        }
+def _as_json(rows: list[Acceptance], before: list[float], after: list[float]) -> dict[str, Any]:
+    """Distortions of the selection frames: of the mask, and of the last step that was taken, else of the last."""
+    taken = [row for row in rows if row.accepted]
+    return {
+        "method": ", then ".join(row.method for row in taken or rows),
+        "accepted": bool(taken),
+        "before": math.fsum(before) / len(before),
+        "after": math.fsum(after) / len(after),
+        "reason": "; ".join(row.reason for row in taken or rows),
+        "steps": [asdict(row) for row in rows],
+    }
+
+
+def _nothing(asked: str) -> dict[str, Any]:
     reason = "none was asked for" if asked == "none" else "no frame could be spared to judge it; give more frames"
     return {"method": "none", "accepted": False, "reason": reason, "steps": []}
 
@@ -81,11 +91,13 @@ class _Trials:
     def __init__(self, run: RunContext, selection: tuple[int, ...], steps: tuple[str, ...]) -> None:
         self.run, self.selection = run, selection
         self.calibration = frames_of(run, "calibration")
-        work = {"bn": len(self.calibration), "reconstruct": 1, "distill": run.recipe.distill_steps}
+        learning = run.recipe.recover_steps
+        work = {"bn": len(self.calibration), "reconstruct": 1, "distill": learning, "finetune": learning}
         self.pieces = Pieces(run, (2 + len(steps)) * len(selection) + sum(work[step] for step in steps))
         self.path = run.root / "work" / ".trial.safetensors"
         self.dense = self._outputs(run.path("dense_weights"))
-        self.current = self.distortions(masked_weights(run))
+        self.current = self.last = self.distortions(masked_weights(run))
+        self._any_taken = False
 
     def write(self, state: State) -> None:
         write_bytes(self.path, save(state))
@@ -105,11 +117,17 @@ class _Trials:
         self.write(state)
         return distortions(self.run, self.dense, self._outputs(self.path))
 
-    def judged(self, method: str, candidate: State) -> Acceptance:
-        """Hold a candidate against what was accepted before it."""
-        after = self.distortions(candidate)
-        verdict = judge(method, self.current, after)
-        self.current = after if verdict.accepted else self.current
+    def judged(self, method: str, tried: Tried) -> Acceptance:
+        """Hold a candidate against what was accepted before it: by labels where it learned from some."""
+        after = self.distortions(tried.state)
+        if tried.labelled is None:
+            verdict = judge(method, self.current, after)
+        else:
+            verdict = judge(method, *tried.labelled, measure="labelled loss", where="batches of other scenes")
+        if verdict.accepted or not self._any_taken:
+            self.last = after
+        if verdict.accepted:
+            self.current, self._any_taken = after, True
         return verdict
 
     def close(self) -> None:
@@ -121,13 +139,13 @@ class _Trials:
         return found
 
 
-def _batch_norm(run: RunContext, state: State, trials: _Trials) -> State:
+def _batch_norm(run: RunContext, state: State, trials: _Trials) -> Tried:
     statistics = mean_statistics(trials.job("statistics", trials.calibration, state, {}))
     renamed = {f"{k.rsplit('.', 1)[0]}.running_{k.rsplit('.', 1)[1]}": v for k, v in statistics.items()}
-    return {**state, **renamed}
+    return Tried(state={**state, **renamed})
 
 
-def _reconstruction(run: RunContext, state: State, trials: _Trials) -> State:
+def _reconstruction(run: RunContext, state: State, trials: _Trials) -> Tried:
     settings = {
         "dense_weights": str(run.path("dense_weights").resolve()),
         "masks": str(run.path("masks").resolve()),
@@ -137,46 +155,30 @@ def _reconstruction(run: RunContext, state: State, trials: _Trials) -> State:
         "damping": DAMPING,
         "seed": run.recipe.seed,
     }
-    return {**state, **trials.job("reconstruction", trials.calibration[:1], state, settings)[0]}
+    return Tried(state={**state, **trials.job("reconstruction", trials.calibration[:1], state, settings)[0]})
 
 
-def _distillation(run: RunContext, state: State, trials: _Trials) -> State:
-    """On simulated crops; in one thread, so that a recipe gives the same bits on any number of cores."""
-    import torch
+def _distillation(run: RunContext, state: State, trials: _Trials) -> Tried:
+    from dm3d_deploy.steps.recover_by_training import distilled
 
-    from calib.training_frames import SimulatedCrops
-    from dm3d_deploy.models.checkpoints import load_checkpoint
-    from dm3d_deploy.models.detector import build_detector
-    from dm3d_deploy.training.distill import distil
-    from dm3d_deploy.training.loop import TrainSettings
-    from dm3d_deploy.training.schedule import OneCycle
-
-    config, steps = load_config(run.path("model_config")), run.recipe.distill_steps
-    student, teacher = build_detector(config), build_detector(config)
     trials.write(state)
-    load_checkpoint(student, trials.path)
-    load_checkpoint(teacher, run.path("dense_weights"))
-    crops = SimulatedCrops(config, seed=run.recipe.seed, crops=CROPS)
-
-    def batch_of(step: int) -> Batch:
-        trials.pieces.done(min(step, steps))
-        return crops(step)
-
-    settings = TrainSettings(steps=steps, cycle=OneCycle(peak_rate=DISTILL_RATE), half_2d=False)
-    folder, threads = run.root / "work" / ".distillation", torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        distil(student, teacher, batch_of, settings, out=folder, masks=load_file(run.path("masks")))
-    finally:
-        torch.set_num_threads(threads)
-        shutil.rmtree(folder, ignore_errors=True)
-    trials.pieces.next_job(steps)
-    trained = {name: value.numpy() for name, value in student.state_dict().items()}
-    return masked_state(trained, load_file(run.path("masks")))
+    found = distilled(run, trials.path, trials.pieces.done)
+    trials.pieces.next_job(run.recipe.recover_steps)
+    return Tried(state=found)
 
 
-_MAKERS: dict[str, Callable[[RunContext, State, _Trials], State]] = {
+def _fine_tuning(run: RunContext, state: State, trials: _Trials) -> Tried:
+    from dm3d_deploy.steps.recover_by_training import fine_tuned
+
+    trials.write(state)
+    found, *losses = fine_tuned(run, trials.path, trials.pieces.done)
+    trials.pieces.next_job(run.recipe.recover_steps)
+    return Tried(state=found, labelled=(losses[0], losses[1]))
+
+
+_MAKERS: dict[str, Callable[[RunContext, State, _Trials], Tried]] = {
     "bn": _batch_norm,
     "reconstruct": _reconstruction,
     "distill": _distillation,
+    "finetune": _fine_tuning,
 }

@@ -28,7 +28,7 @@ from dm3d_deploy.steps.layers import PARTS_OF_SCOPE
 SAME_OBJECT_M = 1.0
 OPTIONS = {
     "checkpoint", "frames", "scope", "patterns", "device", "precision", "calibration_frames", "seed", "cost", "profile",
-    "method", "recover", "distill_steps", "score_frames",
+    "method", "recover", "recover_steps", "recover_data", "score_frames",
 }  # fmt: skip
 COUNTED = {"macs": "MACs", "executed": "executed MACs"}
 PICTURE_MARGIN = 1.05

@@ -262,6 +262,7 @@ def _recovery() -> dict[str, Any]:
         "steps": [
             {
                 "method": "batch-norm re-estimation",
+                "measure": "distortion",
                 "accepted": True,
                 "before": 0.214,
                 "after": 0.097,

@@ -47,8 +47,8 @@ def test_steps_are_read_from_the_run(tiny_run) -> None:
 
 def test_fields_of_the_recipe() -> None:
     options = argparse.Namespace(
-        model="centerpoint", checkpoint=None, patterns="auto", set=["distill_steps=900", "scope=model"]
+        model="centerpoint", checkpoint=None, patterns="auto", set=["recover_steps=900", "scope=model"]
     )
     assert fields_of(options) == {
-        "model": "centerpoint", "checkpoint": None, "patterns": "auto", "distill_steps": 900, "scope": "model",
+        "model": "centerpoint", "checkpoint": None, "patterns": "auto", "recover_steps": 900, "scope": "model",
     }  # fmt: skip
