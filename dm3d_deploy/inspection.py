@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from dm3d_deploy.config import CenterHeadConfig, DetectorConfig, detector_names,
 from dm3d_deploy.errors import CheckpointError, UsageError, require
 from dm3d_deploy.measurements import Measurements, read_measurements
 from dm3d_deploy.models.bundled import TRAINED_ON, bundled_weights
+from dm3d_deploy.models.naming import classes_per_task
 from dm3d_deploy.stages import STAGE_NAMES, STAGES
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ TORCH_ENDINGS = (".pth", ".pt", ".ckpt")
 RECIPE_SHOWN = ("model", "checkpoint", "target", "scope", "patterns", "device", "precision", "frames", "seed")
 TRANSIENT_KINDS = frozenset(kind for stage in STAGES if stage.transient for kind in stage.writes)
 SAFETENSORS_TYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
-HEAT_MAP = re.compile(r"dense_head\.heads_list\.(\d{1,4})\.hm\.(\d{1,4})(?:\.\d+)*\.weight")
 NON_FINITE_BFLOAT16 = 0x7F80
 UNTRAINED = "none: UNTRAINED (seeded by parameter name) without --checkpoint"
 # No checkpoint of a user's was seen by any of them: parity is that of seeded weights.
@@ -253,7 +252,7 @@ def _weights_row(name: str, kind: str, shape: tuple[int, ...], non_finite: int |
 
 def _guess(shapes: Mapping[str, Sequence[int]]) -> str:
     """The known model whose classes per task and widths these names and shapes have; names alone prove nothing."""
-    tasks = _classes_per_task(shapes)
+    tasks = classes_per_task(shapes)
     anchors = next(iter(shapes.get("dense_head.conv_cls.weight", ())), 0)
     if not tasks and not anchors:
         parts = sorted({name.split(".")[0] for name in shapes})
@@ -280,16 +279,6 @@ def _looks_like(
     residual = "backbone_3d.conv1.0.conv1.weight" in shapes
     same_kind = residual == (config.backbone_3d.name == "VoxelResBackBone8x")
     return same_head and same_kind and width == max(config.backbone_3d.channels[-2:])
-
-
-def _classes_per_task(shapes: Mapping[str, Sequence[int]]) -> list[int]:
-    """Channels of the last heat-map convolution of every task; empty where there is no CenterHead."""
-    last: dict[int, tuple[int, int]] = {}
-    for name, shape in shapes.items():
-        found = HEAT_MAP.fullmatch(name)
-        if found and shape:
-            last[int(found[1])] = max(last.get(int(found[1]), (-1, 0)), (int(found[2]), shape[0]))
-    return [channels for _, (_, channels) in sorted(last.items())]
 
 
 def model_rows() -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dm3d_deploy.artifacts import digest_of_bytes, write_bytes
 from dm3d_deploy.errors import CheckpointError
 from dm3d_deploy.models.detector import Detector, prunable_layers
+from dm3d_deploy.models.naming import made_of
 
 NAMED = 5
 SAFETENSORS = ".safetensors"
@@ -227,6 +228,9 @@ def _check_fit(path: Path, model: str, found: Mapping[str, Tensor], expected: Ma
     groups = (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
     parts = [f"{len(names)} {word}: {_some(names)}" for word, names in groups if names]
     if parts:
+        theirs, ours = (made_of({name: tuple(t.shape) for name, t in side.items()}) for side in (found, expected))
+        if theirs != ours:
+            parts.insert(0, f"it holds {theirs}, and {model} is {ours}")
         raise CheckpointError(
             f"{path} does not fit {model}: {'; '.join(parts)}.",
             fix="use the checkpoint that was trained with this configuration, or the configuration of this checkpoint",
