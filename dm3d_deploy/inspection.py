@@ -13,7 +13,6 @@ from dm3d_deploy.artifacts import MANIFEST_NAME, Artifact, Manifest, digest_of_f
 from dm3d_deploy.config import CenterHeadConfig, DetectorConfig, detector_names, load_config
 from dm3d_deploy.errors import CheckpointError, UsageError, require
 from dm3d_deploy.measurements import Measurements, read_measurements
-from dm3d_deploy.models.bundled import TRAINED_ON, bundled_weights
 from dm3d_deploy.models.naming import classes_per_task
 from dm3d_deploy.stages import STAGE_NAMES, STAGES
 
@@ -28,28 +27,6 @@ RECIPE_SHOWN = ("model", "checkpoint", "target", "scope", "patterns", "device", 
 TRANSIENT_KINDS = frozenset(kind for stage in STAGES if stage.transient for kind in stage.writes)
 SAFETENSORS_TYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 NON_FINITE_BFLOAT16 = 0x7F80
-UNTRAINED = "none: UNTRAINED (seeded by parameter name) without --checkpoint"
-# No checkpoint of a user's was seen by any of them: parity is that of seeded weights.
-SEEDED = "seeded parity: every stored tensor of OpenPCDet's own forward"
-COMPARED = {
-    "centerpoint": SEEDED,
-    "centerpoint-0075": "the modules of centerpoint; this grid was not compared",
-    "centerpoint-once": "the modules of centerpoint; this grid was not compared",
-    "centerpoint-pillar": SEEDED,
-    "pointpillars": SEEDED,
-    "second": SEEDED,
-    "second-once": "the modules of second; this grid was not compared",
-}
-PARAMETERS = {
-    "centerpoint": 8_941_590,
-    "centerpoint-0075": 8_941_590,
-    "centerpoint-once": 7_759_533,
-    "centerpoint-pillar": 5_989_030,
-    "centerpoint-slim": 1_970_646,
-    "pointpillars": 4_834_888,
-    "second": 5_325_576,
-    "second-once": 5_360_460,
-}
 NARROW_COLUMN, TEXT_COLUMN = 16, 18
 NOTHING = "-"
 
@@ -279,39 +256,6 @@ def _looks_like(
     residual = "backbone_3d.conv1.0.conv1.weight" in shapes
     same_kind = residual == (config.backbone_3d.name == "VoxelResBackBone8x")
     return same_head and same_kind and width == max(config.backbone_3d.channels[-2:])
-
-
-def model_rows() -> list[dict[str, Any]]:
-    """One row for each model that `--model` knows by name."""
-    rows = []
-    for name in detector_names():
-        config = load_config(name)
-        voxels = config.voxels
-        rows.append(
-            {
-                "model": name,
-                "data set": config.dataset.removesuffix("Dataset"),
-                "classes": len(config.class_names),
-                "inputs": ", ".join(voxels.columns),
-                "parts": _parts(config),
-                "parameters": PARAMETERS.get(name),
-                "voxel m": " x ".join(f"{size:g}" for size in voxels.voxel_size_m),
-                "grid zyx": " x ".join(map(str, voxels.grid_zyx)),
-                "voxel cap": None if config.pillars is not None and config.pillars.dynamic else voxels.max_voxels,
-                "weights": f"bundled, trained on {TRAINED_ON}" if bundled_weights(name) else UNTRAINED,
-                "compared with": COMPARED.get(name),
-            }
-        )
-    return rows
-
-
-def _parts(config: DetectorConfig) -> str:
-    """The modules, as OpenPCDet calls them."""
-    head = "CenterHead" if isinstance(config.head, CenterHeadConfig) else "AnchorHeadSingle"
-    if config.backbone_3d is not None:
-        return f"{config.backbone_3d.name}, BaseBEVBackbone, {head}"
-    points = "DynPillarVFE" if config.pillars is not None and config.pillars.dynamic else "PillarVFE"
-    return f"{points}, BaseBEVBackbone, {head}"
 
 
 def print_description(found: Mapping[str, Any], console: Console | None = None) -> None:

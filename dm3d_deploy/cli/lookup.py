@@ -34,7 +34,8 @@ def inspect(
 @app.command(rich_help_panel=BACKGROUND)
 def models(as_json: Json = False) -> None:
     """List the models that `--model` knows by name."""
-    from dm3d_deploy.inspection import model_rows, print_rows
+    from dm3d_deploy.inspection import print_rows
+    from dm3d_deploy.model_table import model_rows
 
     rows = model_rows()
     if as_json:

@@ -9,11 +9,14 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
 
+from calib.calibration_set import load_frame, plan_frames
 from dm3d_deploy.artifacts import digest_of_file
 from dm3d_deploy.config import detector_names, load_config
 from dm3d_deploy.doctor import device_rows
 from dm3d_deploy.errors import CheckpointError, ExportError, StaleArtifact, UsageError
-from dm3d_deploy.inspection import describe_path, model_rows, print_description, print_rows
+from dm3d_deploy.geometry.voxelize import voxelize
+from dm3d_deploy.inspection import describe_path, print_description, print_rows
+from dm3d_deploy.model_table import MULTIPLICATIONS, model_rows
 from dm3d_deploy.models.bundled import bundled_weights
 
 SLOT = "dense_head.heads_list"
@@ -143,12 +146,30 @@ def test_anchor_heads_are_guessed_too(tmp_path, scores, before, told):
 
 
 @pytest.mark.parametrize("name", detector_names())
-def test_the_parameters_that_models_tells_are_counted(name):
+def test_parameters_and_fixed_multiplications_that_models_tells_are_counted(name):
     pytest.importorskip("torch")
-    from dm3d_deploy.models.detector import build_detector
+    from dm3d_deploy.models.detector import build_detector, dense_positions
 
     row = next(row for row in model_rows() if row["model"] == name)
-    assert row["parameters"] == sum(p.numel() for p in build_detector(load_config(name)).parameters())
+    detector = build_detector(load_config(name))
+    assert row["parameters"] == sum(p.numel() for p in detector.parameters())
+    weights = ((detector.get_parameter(f"{layer}.weight"), cells) for layer, cells in dense_positions(detector).items())
+    assert row["MACs of 2D and head"] == sum(weight.numel() * cells for weight, cells in weights)
+
+
+@pytest.mark.parametrize("name", ["centerpoint-0075", "pointpillars", "second"])
+def test_multiplications_before_the_birds_eye_view_are_those_of_a_simulated_frame(name):
+    pytest.importorskip("torch")
+    from dm3d_deploy.models.detector import build_detector, sparse_pair_counts, tensors_from_voxels
+
+    config = load_config(name)
+    plan = plan_frames("simulated", dataset=config.dataset, calibration=1, selection=0, held_out=1, seed=0)
+    voxels = voxelize(load_frame(next(ref for ref in plan.frames if ref.role == "calibration")), config)
+    detector = build_detector(config)
+    pairs = sparse_pair_counts(detector, tensors_from_voxels(voxels)[1])
+    matrix = {layer: detector.get_parameter(f"{layer}.weight").numel() // len(taps) for layer, taps in pairs.items()}
+    assert MULTIPLICATIONS[name].voxels == voxels.cells
+    assert MULTIPLICATIONS[name].of_frame == sum(int(taps.sum()) * matrix[layer] for layer, taps in pairs.items())
 
 
 @pytest.mark.parametrize(
