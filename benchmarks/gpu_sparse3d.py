@@ -78,7 +78,7 @@ def plan_of(detector: Detector, voxels: Voxels, *, precision: str, points: int =
         path = Path(folder) / "backbone3d.onnx"
         export_backbone3d(detector, path, max_voxels=config.max_voxels)
         backbone = read_backbone(path)
-    statistics = frame_statistics(backbone, voxels.coords, conv_rows=64)
+    statistics = frame_statistics(backbone, voxels.coords, conv_rows=64, points=points or None)
     frame = frame_from_config(config, rows=points or config.max_voxels, points=points > 0)
     names = [f"{stage.name}.sites" for stage in backbone.stages]
     return plan_backbone(
@@ -213,7 +213,7 @@ def measure(voxels: Voxels, sm: int, repeats: int) -> Iterator[dict[str, Any]]:
             cuda.upload(voxel_feed(voxels, plan.inputs[1].shape[0]))
             row: dict[str, Any] = {"kept tiles": kept, **percentiles(cuda.times_ms(repeats))}
         cost = plan.meta["cost"]
-        moved = cost["index_bytes"] + cost["convolution_bytes"] + cost["map_bytes"]
+        moved = cost["moved_bytes"]
         row |= {"launches": len(plan.steps), "workspace_mib": round(plan.workspace_bytes / 2**20, 1)}
         row |= {"moved_mb": round(moved / 1e6, 1), "gflop": round(2 * cost["multiplications"] / 1e9, 2)}
         row |= {"gb_per_s": round(moved / row["p50_ms"] / 1e6), "tflop_per_s": round(row["gflop"] / row["p50_ms"], 2)}

@@ -70,7 +70,28 @@ def plan_words(plan: Mapping[str, Any]) -> str:
     names = ", ".join(device["sm"] for device in plan["devices"])
     return (
         f"{size(plan['workspace_bytes'])} of workspace, {plan['launches']} launches, "
-        f"{plan['tiles_kept']:,} of {plural(tiles, 'tile')} kept; {names + ': ' if names else ''}{plan['standing']}"
+        f"{plan['tiles_kept']:,} of {plural(tiles, 'tile')} kept, {scaled(plan['multiplications'])} of "
+        f"{scaled(plan['dense_multiplications'])} multiplications with padding ({percent(plan_share(plan))}); "
+        f"{names + ': ' if names else ''}{plan['standing']}"
+    )
+
+
+def plan_share(plan: Mapping[str, Any]) -> float:
+    """Multiplications of the 3D plan over those of the same plan with nothing pruned, padding in both."""
+    return float(plan["multiplications"] / plan["dense_multiplications"])
+
+
+def padding_words(report: Mapping[str, Any]) -> str:
+    """Why the 3D plan multiplies more than the executed MACs of its part, with both shares; empty without one."""
+    plan, macs = report["plan"], report["macs"]["by_part"].get("3d")
+    if plan is None or macs is None:
+        return ""
+    return (
+        f"With padding, the 3D plan multiplies {scaled(plan['multiplications'])} a frame, "
+        f"{percent(plan_share(plan))} of the {scaled(plan['dense_multiplications'])} of a plan with nothing pruned. "
+        f"Executed MACs ({scaled(macs['executed'])}, {percent(share_of(macs, 'executed'))}) count the pairs of sites "
+        "that meet; the kernels multiply blocks of 64 rows at every tap that one of the rows needs, and fill channels "
+        "up to whole tiles of 16 or 32."
     )
 
 

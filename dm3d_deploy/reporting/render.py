@@ -58,6 +58,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
         "charts": pictures,
         "part_titles": facts.part_titles(report["layers"]),
+        "padding_words": facts.padding_words(report),
         "parts": _part_rows(report),
         "tags": _tags(report),
         "distortion": distortion,

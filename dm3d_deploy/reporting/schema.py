@@ -190,6 +190,7 @@ SCHEMA: dict[str, Any] = {
             "tiles_skipped": COUNT,
             "moved_bytes": COUNT,
             "multiplications": COUNT,
+            "dense_multiplications": COUNT,
             "devices": ListOf(
                 {
                     "sm": WORDS,

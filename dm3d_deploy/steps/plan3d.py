@@ -86,7 +86,10 @@ def _neutral_plans(run: RunContext, skipped: list[dict[str, str]]) -> dict[str, 
         for name in PLANS:
             left_out(name, error)
         return plans
-    statistics = [frame_statistics(backbone, cells, conv_rows=DEVICE.conv_rows) for cells in _calibration_cells(run)]
+    statistics = [
+        frame_statistics(backbone, cells, conv_rows=DEVICE.conv_rows, points=points)
+        for points, cells in _calibration_cells(run)
+    ]
     precision = cast(Literal["fp16", "fp32"], run.recipe.precision)
     for name, frame in _frames(run).items():
         try:
@@ -109,8 +112,12 @@ def _frames(run: RunContext) -> dict[str, Frame]:
     }
 
 
-def _calibration_cells(run: RunContext) -> list[Int16[np.ndarray, "voxels 4"]]:
-    info = json.loads(run.path("frames_info").read_text(encoding="utf-8"))
-    numbers = [number for number, row in enumerate(info["frames"]) if row["role"] == "calibration"]
+def _calibration_cells(run: RunContext) -> list[tuple[int, Int16[np.ndarray, "voxels 4"]]]:
+    """How many points each calibration frame had, and its cells."""
+    rows = json.loads(run.path("frames_info").read_text(encoding="utf-8"))["frames"]
     with safe_open(run.path("frames"), framework="np") as file:
-        return [file.get_tensor(f"{number}.coords") for number in numbers]
+        return [
+            (row["points"], file.get_tensor(f"{number}.coords"))
+            for number, row in enumerate(rows)
+            if row["role"] == "calibration"
+        ]

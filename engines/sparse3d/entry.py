@@ -45,6 +45,10 @@ class Frame:
         farthest = sum(max(abs(1 - start), abs(2 * cells - 1 - start)) ** 2 for start, cells in sizes)
         return max(0, farthest.bit_length() - (RINGS - 1).bit_length())
 
+    def rings(self, capacity: int) -> int:
+        """Rings in which cells are counted: none where the rows cannot be more cells than the first stage holds."""
+        return RINGS if self.points or self.rows > capacity else 0
+
 
 def frame_from_config(config: VoxelConfig, *, rows: int, points: bool = False) -> Frame:
     """The frame of a detector: `rows` of voxels, or of points."""
@@ -66,7 +70,7 @@ def enter(
     array = make.array
     depth, height, width = backbone.stage(ENTRY).grid
     bits, rows = array(f"{ENTRY}.bits"), frame.rows
-    rings = RINGS if frame.points or rows > capacity else 0
+    rings = frame.rings(capacity)
     histogram = make.cleared("entry.rings", "i32", RINGS) if rings else report
     place = (height, width, *frame.sensor_yx, frame.ring_shift())
     key, grid = make.work("entry.keys", "i32", rows), [programs(rows, shapes.entry_rows)]

@@ -272,8 +272,11 @@ class _Planner:
     def _meta(self, calibration: Sequence[FrameStatistics]) -> dict[str, Any]:
         cost = {}
         if calibration:
-            size, rows = ELEMENT_BYTES[self.precision], self.shapes.conv_rows
-            cost = {"cost": cost_of(self.backbone, self.tiled, calibration, element_bytes=size, conv_rows=rows)}
+            paid = cost_of(
+                self.backbone, self.tiled, calibration, frame=self.frame, capacity=self.capacities[ENTRY],
+                element_bytes=ELEMENT_BYTES[self.precision], conv_rows=self.shapes.conv_rows,
+            )  # fmt: skip
+            cost = {"cost": paid}
         return {
             **cost,
             "precision": self.precision,

@@ -23,11 +23,15 @@ Keys = Int64[np.ndarray, " sites"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameStatistics:
-    """One frame: sites per stage, and for each rulebook the pairs of rows and the blocks of rows at each tap."""
+    """One frame: sites per stage, and for each rulebook the pairs of rows and the blocks of rows at each tap.
+
+    `points` is how many the frame came of, where a plan starts at points.
+    """
 
     counts: Mapping[str, int]
     pairs: Mapping[str, Int64[np.ndarray, " taps"]]
     blocks: Mapping[str, Int64[np.ndarray, " taps"]]
+    points: int | None = None
 
 
 def stage_sites(backbone: Backbone, coords: Int[np.ndarray, "voxels 4"]) -> dict[str, Keys]:
@@ -44,8 +48,10 @@ def stage_sites(backbone: Backbone, coords: Int[np.ndarray, "voxels 4"]) -> dict
     return found
 
 
-def frame_statistics(backbone: Backbone, coords: Int[np.ndarray, "voxels 4"], *, conv_rows: int) -> FrameStatistics:
-    """Sites, pairs and blocks of one frame, where `conv_rows` neighbouring rows make a block."""
+def frame_statistics(
+    backbone: Backbone, coords: Int[np.ndarray, "voxels 4"], *, conv_rows: int, points: int | None = None
+) -> FrameStatistics:
+    """Sites, pairs and blocks of one frame of `points`, where `conv_rows` neighbouring rows make a block."""
     sites = stage_sites(backbone, coords)
     pairs: dict[str, Int64[np.ndarray, " taps"]] = {}
     blocks: dict[str, Int64[np.ndarray, " taps"]] = {}
@@ -57,7 +63,8 @@ def frame_statistics(backbone: Backbone, coords: Int[np.ndarray, "voxels 4"], *,
         padded = np.zeros((len(met), ceil(met.shape[1] / conv_rows) * conv_rows), np.bool_)
         padded[:, : met.shape[1]] = met
         blocks[layer.book] = padded.reshape(len(met), -1, conv_rows).any(axis=2).sum(axis=1)
-    return FrameStatistics(counts={name: len(keys) for name, keys in sites.items()}, pairs=pairs, blocks=blocks)
+    counts = {name: len(keys) for name, keys in sites.items()}
+    return FrameStatistics(counts=counts, pairs=pairs, blocks=blocks, points=points)
 
 
 def capacities_from(frames: Sequence[FrameStatistics], *, margin: float, max_voxels: int) -> dict[str, int]:

@@ -173,8 +173,10 @@ def test_launches_are_few_and_stated(backbone, detector, coords):
     assert told["launches"] == 4 + 4 * 4 + 8 * 2 + 13 + 1
     assert told["memsets"] == 1
     assert told["features"] == ["memset", "status"]
+    assert told["cost"]["dense_multiplications"] == told["cost"]["multiplications"], "nothing is pruned"
     assert told["cost"]["multiplications"] >= told["cost"]["useful_multiplications"] > 0
     assert told["cost"]["index_bytes"] > 41 * 128 * 128 / 8 * 3
+    assert told["cost"]["moved_bytes"] > told["cost"]["entry_bytes"] + told["cost"]["index_bytes"]
     assert told["layers"][0] == {
         "name": "conv_input.0", "kernel_taps": 27, "channels": [5, 4], "tiles_kept": 27, "tiles_skipped": 0,
         "stored_tile": [16, 16], "tile_products": sum(statistics.blocks["input.book.3x3x3"].tolist()),
@@ -183,6 +185,44 @@ def test_launches_are_few_and_stated(backbone, detector, coords):
     assert list(told["outputs"].items()) == [("bev", "fp16[1, 32, 16, 16]"), ("status", "i32[5]")]
     assert list(told["inputs"]) == ["features", "coords", "count"], "the order of the ONNX node"
     assert told["status"][-5:] == list(STAGES)
+
+
+def test_a_plan_from_points_costs_its_own_entry(backbone, detector, coords):
+    """Counted by hand: 500 cells of 1,500 points with 5 columns, 16 channels a row, 4,000 rows of room, in fp16."""
+    statistics = frame_statistics(backbone, coords, conv_rows=64, points=1500)
+    voxels, points = (
+        describe(
+            plan_backbone(
+                backbone, frame=voxel_frame(detector, 4000, points=points), capacities=dict.fromkeys(STAGES, 4000),
+                calibration=[statistics],
+            )
+        )
+        for points in (False, True)
+    )  # fmt: skip
+    # a voxel: z, y, x, its key written, its bit set; key, bits, prefix read, site written, five columns read
+    assert voxels["cost"]["entry_bytes"] == 500 * (5 + 9) * 4 + 500 * 16 * 2
+    enter_points = 1500 * (5 + 1 + 1)  # five columns, key written, bit set
+    rings = 4096 + 500 + 4096  # cleared, a new cell counted in its ring, read by the cut-off
+    sum_points = 1500 * (1 + 2 + 1 + 1 + 5 + 2 * 5)  # key, bits and prefix, site, member, five columns, 64-bit sums
+    cleared = 4000 * (2 * 5 + 1)
+    mean_features = 500 * (2 * 5 + 1)
+    by_hand = (enter_points + rings + sum_points + cleared + mean_features) * 4 + 500 * 16 * 2
+    assert points["cost"]["entry_bytes"] == by_hand
+    for name in ("index_bytes", "convolution_bytes", "map_bytes", "multiplications"):
+        assert points["cost"][name] == voxels["cost"][name]
+    moved = [told["cost"]["moved_bytes"] - told["cost"]["entry_bytes"] for told in (voxels, points)]
+    assert moved[0] == moved[1] == sum(voxels["cost"][f"{name}_bytes"] for name in ("index", "convolution", "map"))
+    own = {"ring_cutoff": 1, "drop_far": 1, "sum_points": 1, "mean_features": 1}
+    assert points["launches"] == voxels["launches"] + 3
+    assert {
+        name.partition(".")[2]: count for name, count in points["launches_of"].items()
+        if name not in voxels["launches_of"]
+    } == {"enter_points": 1, **own}  # fmt: skip
+    with pytest.raises(UsageError, match="do not say how many points they had"):
+        plan_backbone(
+            backbone, frame=voxel_frame(detector, 9, points=True), capacities=dict.fromkeys(STAGES, 64),
+            calibration=[replace(statistics, points=None)],
+        )  # fmt: skip
 
 
 def test_capacities_come_from_the_frames(backbone, coords):
@@ -234,6 +274,11 @@ def test_a_pruned_tile_is_predicted_to_cost_nothing(tmp_path):
         statistics = frame_statistics(backbone, coords, conv_rows=64)
         counts.append(int(predicted_tiles(backbone, tiled, statistics)[0]))
         assert counts[-1] == sum(statistics.blocks["input.book.3x3x3"][entry & 31] for entry in tiled["a"].columns[0])
+        plan = plan_backbone(
+            backbone, frame=plain_frame((8, 20, 20), 256), capacities={"input": 256}, calibration=[statistics]
+        )
+        assert plan.meta["cost"]["multiplications"] == counts[-1] * 64 * 16 * 16
+        assert plan.meta["cost"]["dense_multiplications"] == counts[0] * 64 * 16 * 16
     assert counts[1] < 0.75 * counts[0]
 
 

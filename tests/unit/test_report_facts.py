@@ -80,6 +80,18 @@ def test_pillars_have_a_feature_net_and_no_3d_backbone() -> None:
     assert "Pillar feature net + 2D backbone" in page
 
 
+def test_the_padding_of_the_3d_plan_stands_beside_the_executed_macs() -> None:
+    report = sample_report()
+    macs = report["macs"]["by_part"]["3d"]
+    words = facts.padding_words(report)
+    assert "multiplies 21.4 G a frame, 49.1 % of the 43.6 G of a plan with nothing pruned" in words
+    share = facts.percent(facts.share_of(macs, "executed"))
+    assert f"Executed MACs ({facts.scaled(macs['executed'])}, {share}) count the pairs" in words
+    assert "21.4 G of 43.6 G multiplications with padding (49.1 %)" in facts.plan_words(report["plan"])
+    assert "blocks of 64 rows" in render_html(report)
+    assert "blocks of 64 rows" not in render_html({**report, "plan": None})
+
+
 def test_faster_is_said_only_where_the_intervals_are_apart() -> None:
     noisy = {"latency": [entry("dense", 1, 2, 3), entry("pruned", 0.9, 1.9, 2.9)]}
     assert [pair.words for pair in facts.latency_pairs(noisy)] == ["within noise"]
