@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from dm3d_deploy.config import load_config
     from dm3d_deploy.detect import load_run
     from dm3d_deploy.geometry.voxelize import voxelize
-    from dm3d_deploy.models.checkpoints import load_checkpoint
+    from dm3d_deploy.models.checkpoints import load_checkpoint, save_weights
     from dm3d_deploy.models.detector import build_detector
+    from dm3d_deploy.models.pcdet import detector_from_pcdet
     from dm3d_deploy.pointcloud import Boxes3D, Detections, PointCloud, Voxels
     from dm3d_deploy.recipe import Recipe
 
@@ -28,10 +29,12 @@ __all__ = [
     "Voxels",
     "build",
     "build_detector",
+    "detector_from_pcdet",
     "load_checkpoint",
     "load_config",
     "load_run",
     "read_points",
+    "save_weights",
     "voxelize",
 ]
 
@@ -44,10 +47,12 @@ HOME = {
     "Voxels": "dm3d_deploy.pointcloud",
     "build": "dm3d_deploy.build",
     "build_detector": "dm3d_deploy.models.detector",
+    "detector_from_pcdet": "dm3d_deploy.models.pcdet",
     "load_checkpoint": "dm3d_deploy.models.checkpoints",
     "load_config": "dm3d_deploy.config",
     "load_run": "dm3d_deploy.detect",
     "read_points": "calib.readers",
+    "save_weights": "dm3d_deploy.models.checkpoints",
     "voxelize": "dm3d_deploy.geometry.voxelize",
 }
 

@@ -67,22 +67,30 @@ def load_checkpoint(detector: Detector, path: Path | str) -> CheckpointInfo:
     path = Path(path)
     data = _bytes_of(path)
     found = _tensors_of(path, data)
+    layout, cast = load_tensors(detector, found, str(path))
+    return CheckpointInfo(
+        path=str(path), digest=digest_of_bytes(data), spconv_layout=layout, tensors=len(found), cast=cast
+    )
+
+
+def load_tensors(detector: Detector, found: Mapping[str, Tensor], source: str) -> tuple[str, int]:
+    """Fill the detector with named tensors from `source`; returns spconv's layout and how many were cast to float32.
+
+    CheckpointError for what does not fit exactly, and then the detector stays as it was.
+    """
     expected = detector.state_dict()
     sparse = {f"{layer.name}.weight" for layer in prunable_layers(detector) if layer.kind == "sparse"}
-    layout = _spconv_layout(path, found, expected, sparse)
+    layout = _spconv_layout(source, found, expected, sparse)
     if layout == "1.x":
-        found = {name: t.permute(4, 0, 1, 2, 3) if name in sparse and t.ndim == 5 else t for name, t in found.items()}
-    _check_fit(path, detector.config.name, found, expected)
+        found = {
+            name: torch.movedim(t, -1, 0) if name in sparse and t.ndim == expected[name].ndim else t
+            for name, t in found.items()
+        }
+    _check_fit(source, detector.config.name, found, expected)
     values = {name: tensor.to(expected[name].dtype) for name, tensor in found.items()}
-    _check_values(path, values)
+    _check_values(source, values)
     detector.load_state_dict(values)
-    return CheckpointInfo(
-        path=str(path),
-        digest=digest_of_bytes(data),
-        spconv_layout=layout,
-        tensors=len(found),
-        cast=sum(tensor.dtype != expected[name].dtype for name, tensor in found.items()),
-    )
+    return layout, sum(tensor.dtype != expected[name].dtype for name, tensor in found.items())
 
 
 def read_tensors(path: Path | str) -> dict[str, Tensor]:
@@ -186,7 +194,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _spconv_layout(
-    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sparse: Iterable[str]
+    source: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sparse: Iterable[str]
 ) -> str:
     """One layout per file: spconv 2.x [Cout, kz, ky, kx, Cin], or 1.x [kz, ky, kx, Cin, Cout], by what fits.
 
@@ -204,19 +212,19 @@ def _spconv_layout(
                 only[layout].append(name)
     if only["1.x"] and only["2.x"]:
         raise CheckpointError(
-            f"{path} mixes spconv's weight layouts: {len(only['1.x'])} layers fit 1.x only ({_some(only['1.x'])}), "
+            f"{source} mixes spconv's weight layouts: {len(only['1.x'])} layers fit 1.x only ({_some(only['1.x'])}), "
             f"{len(only['2.x'])} fit 2.x only ({_some(only['2.x'])}).",
             fix="use a file that one version of spconv wrote",
         )
     if both and not only["1.x"] and not only["2.x"]:
         raise CheckpointError(
-            f"the spconv layout of {path} cannot be told from its shapes: {_some(both)} fit 1.x and 2.x.",
+            f"the spconv layout of {source} cannot be told from its shapes: {_some(both)} fit 1.x and 2.x.",
             fix="use a configuration with other channel counts",
         )
     return "1.x" if only["1.x"] else "2.x"
 
 
-def _check_fit(path: Path, model: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_fit(source: str, model: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Every name, shape and kind of number, or one error that counts what is wrong."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -232,7 +240,7 @@ def _check_fit(path: Path, model: str, found: Mapping[str, Tensor], expected: Ma
         if theirs != ours:
             parts.insert(0, f"it holds {theirs}, and {model} is {ours}")
         raise CheckpointError(
-            f"{path} does not fit {model}: {'; '.join(parts)}.",
+            f"{source} does not fit {model}: {'; '.join(parts)}.",
             fix="use the checkpoint that was trained with this configuration, or the configuration of this checkpoint",
         )
 
@@ -243,18 +251,18 @@ def _kind(tensor: Tensor) -> str:
     return f"{number} {tuple(tensor.shape)}"
 
 
-def _check_values(path: Path, values: Mapping[str, Tensor]) -> None:
+def _check_values(source: str, values: Mapping[str, Tensor]) -> None:
     """No NaN, no infinity, no negative variance."""
     broken = [name for name, tensor in values.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CheckpointError(
-            f"{path} holds NaN or infinity in {len(broken)} tensors: {_some(broken)}.",
+            f"{source} holds NaN or infinity in {len(broken)} tensors: {_some(broken)}.",
             fix="use an earlier checkpoint: this training had diverged",
         )
     negative = [name for name, t in values.items() if name.endswith("running_var") and bool((t < 0).any())]
     if negative:
         raise CheckpointError(
-            f"{path} holds negative variances in {len(negative)} tensors: {_some(negative)}.",
+            f"{source} holds negative variances in {len(negative)} tensors: {_some(negative)}.",
             fix="download or copy it again",
         )
 
