@@ -11,6 +11,7 @@ import datetime
 import time
 from pathlib import Path
 
+from benchmarks.stamped import Lines
 from dm3d_deploy.compare import ComparedRun, RunComparison, compare
 from dm3d_deploy.device import stamp_here
 from dm3d_deploy.recipe import RECOVERIES, Recipe
@@ -18,23 +19,6 @@ from dm3d_deploy.sweep import SWEPT, sweep
 
 OURS = "dm3d"
 BARS = {0.7: 0.5, 0.5: 0.5, 0.3: 0.8}  # of the best baseline, without recovery; with recovery DM3D is to be the best
-
-
-class Lines:
-    """Says when a stage ends."""
-
-    def started(self, stage: str, says: str) -> None:
-        pass
-
-    def advanced(self, done: int, total: int) -> None:
-        pass
-
-    def finished(self, stage: str, seconds: float, fresh: bool) -> None:
-        if not fresh:
-            print(f"{time.strftime('%H:%M:%S')}  {stage}", flush=True)
-
-    def noted(self, text: str) -> None:
-        print(text, flush=True)
 
 
 def best_other(rows: list[ComparedRun], target: float, column: str) -> tuple[str, float] | None:

@@ -65,8 +65,8 @@ def steps_of(run: Path) -> tuple[str, ...]:
         for name in ("recovery.json", "recovery_seconds.json")
     )
     return tuple(
-        f"{step['method']} {'accepted' if step['accepted'] else 'refused'}, distortion {significant(step['before'])} "
-        f"to {significant(step['after'])}, {duration(seconds[step['method']])}"
+        f"{step['method']} {'accepted' if step['accepted'] else 'refused'}, {step['measure']} "
+        f"{significant(step['before'])} to {significant(step['after'])}, {duration(seconds[step['method']])}"
         for step in told["steps"]
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dm3d_deploy.errors import UsageError, nearest
 
-SCOPES = ("backbone", "model")
+SCOPES = ("backbone", "model", "backbone3d")
 PATTERNS = ("auto", "unstructured", "channels")
 PRECISIONS = ("fp16", "fp32")
 COSTS = ("macs", "executed", "latency")

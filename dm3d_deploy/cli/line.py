@@ -47,7 +47,7 @@ def build(
     rounds: Annotated[int, typer.Option(help="Prune gradually: rank, price and recover anew in each round.")] = 1,
     checkpoint: Annotated[Path | None, typer.Option(help="OpenPCDet .pth, or .safetensors.")] = None,
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
-    scope: Annotated[str, typer.Option(help="What the budget counts: backbone (3D + 2D) or model.")] = "backbone",
+    scope: Annotated[str, typer.Option(help="What the budget counts: backbone, backbone3d or model.")] = "backbone",
     patterns: Annotated[str, typer.Option(help="auto (what the hardware can use), unstructured or channels.")] = "auto",
     device: Annotated[str, typer.Option(help="Target devices by name, comma-separated; see `devices`.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp16 or fp32, of the BEV and head graph.")] = "fp16",

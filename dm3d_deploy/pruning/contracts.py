@@ -16,7 +16,7 @@ Part = Literal["3d", "2d", "head"]
 Kind = Literal["sparse", "linear", "conv2d", "deconv2d"]
 DIMENSIONS = {"sparse": 5, "linear": 2, "conv2d": 4, "deconv2d": 4}
 Pattern = Literal["unstructured", "2:4", "tile", "channel", "depth", "dense"]
-Scope = Literal["backbone", "model"]
+Scope = Literal["backbone", "model", "backbone3d"]
 Cost = Literal["macs", "executed", "latency"]
 Unit = Literal["macs", "executed", "ms"]
 

@@ -15,7 +15,7 @@ from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Kind, Laye
 if TYPE_CHECKING:
     from dm3d_deploy.models.detector import Detector
 
-PARTS_OF_SCOPE = {"backbone": ("3d", "2d"), "model": ("3d", "2d", "head")}
+PARTS_OF_SCOPE = {"backbone": ("3d", "2d"), "model": ("3d", "2d", "head"), "backbone3d": ("3d",)}
 
 
 def layers_of(detector: Detector, pairs: Sequence[Mapping[str, np.ndarray]]) -> tuple[Layer, ...]:

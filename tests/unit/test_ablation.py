@@ -1,0 +1,71 @@
+"""Tables of the ablation by part and of the curves' fidelity; the measurements themselves run by hand."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from benchmarks import curve_fidelity
+from benchmarks.ablation_parts import share_of_scope, table
+from benchmarks.curve_fidelity import measured, predicted, rank_correlation, summary
+from benchmarks.stamped import markdown
+from dm3d_deploy.compare import ComparedRun
+from dm3d_deploy.progress import Silent
+from dm3d_deploy.pruning.contracts import Layer
+from dm3d_deploy.stages import RunContext
+
+
+def layer(name, part, macs, final=False):
+    kind, shape = ("sparse", (4, 1, 1, 1, 4)) if part == "3d" else ("conv2d", (4, 4, 1, 1))
+    return Layer(name=name, part=part, kind=kind, shape=shape, positions=np.array([macs / 16.0]), final=final)
+
+
+LAYERS = [layer("a", "3d", 30.0), layer("b", "2d", 40.0), layer("c", "head", 20.0), layer("d", "head", 10.0, True)]
+
+
+def test_a_share_of_the_model_is_a_smaller_share_of_a_part_that_saves_alone() -> None:
+    assert share_of_scope(LAYERS, "backbone3d", 0.9) == pytest.approx(2 / 3, abs=1e-6)
+    assert share_of_scope(LAYERS, "backbone", 0.9) == pytest.approx(6 / 7, abs=1e-6)
+    assert share_of_scope(LAYERS, "model", 0.9) == pytest.approx(0.9)
+    assert share_of_scope(LAYERS, "backbone3d", 0.7) is None  # all of the 3D backbone
+    assert share_of_scope(LAYERS, "model", 0.12) is None  # the last layer of the head stays
+
+
+def test_the_table_says_what_a_part_cannot_give() -> None:
+    run = ComparedRun(
+        run="x", method="dm3d", target=0.5, recover="reconstruct", kept_of_backbone=0.5, kept_of_model=0.7,
+        predicted=0.1, pruned=0.25, recovered=0.125, ap=None, ap_name=None,
+    )  # fmt: skip
+    lines = table([("backbone3d", 0.9, run), ("backbone3d", 0.7, None), ("model", 0.9, run), ("model", 0.7, run)])
+    assert lines[0] == "| what is pruned | model keeps 0.9 | model keeps 0.7 |"
+    assert lines[2] == "| 3D | 0.25, recovered 0.125 (0.7000 kept) | has not as much to give |"
+    assert lines[3].startswith("| 3D, 2D and head | 0.25")
+
+
+def test_fidelity_is_rank_factor_and_sum() -> None:
+    assert rank_correlation([(1.0, 10.0), (2.0, 20.0), (3.0, 15.0)]) == pytest.approx(0.5)
+    rows = summary({0.5: {"a": (1.0, 2.0), "b": (2.0, 8.0), "c": (4.0, 4.0)}})
+    assert rows[2] == "| 0.5 | 3 | 0.500 | 2.00 (1.20 to 3.60) | 2.00 |"
+    assert markdown(["x"], [["1"]]) == ["| x |", "| --- |", "| 1 |"]
+
+
+def test_each_layer_is_pruned_alone_and_measured_once(run_copy, tmp_path, monkeypatch) -> None:
+    dense = load_file(run_copy / "weights" / "dense.safetensors")
+    pruned = []
+
+    def outputs(run, weights, frames, advanced):
+        found = load_file(weights)
+        changed = [name for name in dense if not np.array_equal(dense[name], found[name])]
+        pruned.append([(name, float((found[name] == 0).mean())) for name in changed])
+        return [len(pruned)] * len(frames)
+
+    monkeypatch.setattr(curve_fidelity, "outputs_of", outputs)
+    monkeypatch.setattr(curve_fidelity, "distortions", lambda run, first, other: [float(value) for value in other])
+    run = RunContext(root=run_copy, recipe=None, watch=Silent(), pool=None)
+    guess, path = predicted(run, 0.5), tmp_path / "true.json"
+    true = measured(run, 0.5, path)
+    assert set(true) == set(guess)
+    assert pruned[0] == []
+    assert [[name for name, _ in one] for one in pruned[1:]] == [[f"{name}.weight"] for name in true]
+    assert all(share == pytest.approx(0.5, abs=0.02) for one in pruned[1:] for _, share in one)
+    assert measured(run, 0.5, path) == true
+    assert len(pruned) == len(true) + 2  # the dense outputs again, no layer
