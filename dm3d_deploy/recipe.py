@@ -31,6 +31,8 @@ class Recipe:
     finetune needs labelled.
     Average precision is counted on `score_frames` simulated scenes beside them, 0 for none.
     `start` names weights that pruning starts from in place of the dense ones, those of an earlier round.
+    The 3D plan has room for `capacity_margin` times the rows of the fullest calibration frame, or for what `capacities`
+    says: "stage2_down=60000,points=300000".
     `method` is DM3D or a baseline to hold it against; no `sketches` at all is the plain sum of paper-eq13.
     """
 
@@ -49,6 +51,8 @@ class Recipe:
     patterns: str = "auto"
     device: str = "auto"
     precision: str = "fp16"
+    capacity_margin: float = 1.25
+    capacities: str = ""
     recover: str = "reconstruct"
     recover_steps: int = 500
     recover_data: str = "simulated"
@@ -87,6 +91,12 @@ class Recipe:
             raise UsageError(
                 f"--recover {self.recover} learns from no --recover-data.", fix="give --recover distill or finetune"
             )
+        if not 1 <= self.capacity_margin < math.inf:
+            raise UsageError(
+                f"--capacity-margin {self.capacity_margin:g} leaves no room for the calibration frames themselves.",
+                fix="give a number from 1 on",
+            )
+        rooms_from_text(self.capacities)
         self._check_goal()
         self._check_method()
 
@@ -154,6 +164,20 @@ def recipe_from_mapping(data: Mapping[str, Any]) -> Recipe:
     if "model" not in data:
         raise UsageError("the recipe has no 'model'.", fix="add model")
     return Recipe(**data)
+
+
+def rooms_from_text(text: str) -> dict[str, int]:
+    """Rows by stage of the 3D plan, and of `points`: "stage2_down=60000,points=300000"; nothing where it is empty."""
+    rooms: dict[str, int] = {}
+    for word in filter(None, text.split(",")):
+        name, _, rows = (part.strip() for part in word.partition("="))
+        if not name or name in rooms or not rows.isascii() or not rows.isdigit() or int(rows) < 1:
+            raise UsageError(
+                f"--capacities {text} is no list of STAGE=ROWS: '{word}' is wrong or comes twice.",
+                fix="for example stage2_down=60000,points=300000; `dm3d-deploy plan inspect RUN` names the stages",
+            )
+        rooms[name] = int(rows)
+    return rooms
 
 
 def goal_from_text(text: str) -> dict[str, float]:

@@ -144,7 +144,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="plan", says="plan the 3D engine", run="dm3d_deploy.steps.plan3d:plan3d",
         reads=("model_config", "frames", "frames_info", "backbone3d"), writes=("plan_info",),
-        optional=("plan", "points_plan"), recipe=("device", "precision"), tools=("triton",),
+        optional=("plan", "points_plan"), recipe=("device", "precision", "capacity_margin", "capacities"),
+        tools=("triton",),
     ),
     Stage(
         name="engine", says="build engines", run="dm3d_deploy.steps.deploy:engine",

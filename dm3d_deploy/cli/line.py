@@ -32,6 +32,13 @@ RecoverData = Annotated[
     str, typer.Option(help="Of distill and finetune: a folder, labelled for finetune, or 'simulated'.")
 ]
 
+Margin = Annotated[
+    float, typer.Option(help="Room of the 3D plan: times the rows of the fullest calibration frame, per stage.")
+]
+Capacities = Annotated[
+    str | None, typer.Option(metavar="STAGE=ROWS,...", help="Or the rows themselves; `points` of points.")
+]
+
 
 @app.command(rich_help_panel=FOREGROUND)
 def build(
@@ -51,6 +58,8 @@ def build(
     patterns: Annotated[str, typer.Option(help="auto (what the hardware can use), unstructured or channels.")] = "auto",
     device: Annotated[str, typer.Option(help="Target devices by name, comma-separated; see `devices`.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp16 or fp32, of the BEV and head graph.")] = "fp16",
+    capacity_margin: Margin = 1.25,
+    capacities: Capacities = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/MODEL-TARGET.")] = None,
     calibration_frames: Annotated[int, typer.Option(help="Frames that rank and price the weights.")] = 8,
     score_frames: Annotated[int, typer.Option(help="Simulated scenes that AP is counted on; 0 for none.")] = 12,
@@ -73,7 +82,7 @@ def build(
         cost=cost or ("latency" if "target_ms" in goal else "macs"),
         checkpoint=str(checkpoint) if checkpoint else None, frames=frames, scope=scope,
         patterns=patterns, device=device, precision=precision, calibration_frames=calibration_frames,
-        score_frames=score_frames, seed=seed,
+        score_frames=score_frames, seed=seed, capacity_margin=capacity_margin, capacities=capacities or "",
     )  # fmt: skip
     root = out if out is not None else builder.default_out(recipe)
     if dry_run:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from math import ceil
+from collections.abc import Iterable, Mapping
+from math import ceil, prod
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -14,19 +14,20 @@ from safetensors import safe_open
 from dm3d_deploy.artifacts import write_json
 from dm3d_deploy.config import load_config
 from dm3d_deploy.device import Device, devices_from
-from dm3d_deploy.errors import Dm3dError, EngineError, MissingDependency, UsageError
+from dm3d_deploy.errors import Dm3dError, EngineError, MissingDependency, UsageError, nearest
 from dm3d_deploy.plan_facts import NOT_COMPILED, PLANS
+from dm3d_deploy.recipe import rooms_from_text
 from dm3d_deploy.stages import RunContext
 from engines.sparse3d.aot import compile_plans, sms_of
-from engines.sparse3d.entry import Frame, frame_from_config
-from engines.sparse3d.onnx_reader import read_backbone
+from engines.sparse3d.entry import MOST_POINTS, Frame, frame_from_config
+from engines.sparse3d.onnx_reader import Backbone, read_backbone
 from engines.sparse3d.plan import Plan
 from engines.sparse3d.plan_file import write_plan
 from engines.sparse3d.planner import calibrated_plan
 from engines.sparse3d.shapes import DEVICE
 from engines.sparse3d.sites import frame_statistics
 
-MARGIN = 1.25  # of rows over the fullest calibration frame
+POINTS = "points"
 PILLARS = "pillars have no 3D backbone; ONNX Runtime runs their point network (onnx/backbone3d.onnx)"
 VEHICLES = "orin,rtx4090,thor-jp7,rtx5090"
 NOTHING_COMPILED: dict[str, Any] = {
@@ -77,7 +78,10 @@ def _neutral_plans(run: RunContext, skipped: list[dict[str, str]]) -> dict[str, 
         skipped.append({"layer": PLANS[name], "reason": str(error)})
         run.watch.noted(f"no {PLANS[name]}: {error}")
 
+    rooms = rooms_from_text(run.recipe.capacities)
     if load_config(run.path("model_config")).pillars is not None:
+        if rooms:
+            raise UsageError("--capacities are of a 3D backbone, and pillars have none.", fix="leave them out")
         skipped += [{"layer": name, "reason": PILLARS} for name in PLANS.values()]
         return plans
     try:
@@ -86,29 +90,46 @@ def _neutral_plans(run: RunContext, skipped: list[dict[str, str]]) -> dict[str, 
         for name in PLANS:
             left_out(name, error)
         return plans
+    check_rooms(rooms, backbone)
     statistics = [
         frame_statistics(backbone, cells, conv_rows=DEVICE.conv_rows, points=points)
         for points, cells in _calibration_cells(run)
     ]
     precision = cast(Literal["fp16", "fp32"], run.recipe.precision)
-    for name, frame in _frames(run).items():
+    margin, stages = run.recipe.capacity_margin, {name: rows for name, rows in rooms.items() if name != POINTS}
+    for name, frame in _frames(run, rooms).items():
         try:
             plans[name] = calibrated_plan(
-                backbone, frame=frame, calibration=statistics, margin=MARGIN, precision=precision
+                backbone, frame=frame, calibration=statistics, margin=margin, capacities=stages, precision=precision
             )
         except (EngineError, UsageError) as error:
             left_out(name, error)
     return plans
 
 
-def _frames(run: RunContext) -> dict[str, Frame]:
+def check_rooms(rooms: Mapping[str, int], backbone: Backbone) -> None:
+    """UsageError for a stage that the backbone does not have, and for more rows than it has cells."""
+    most = {**{stage.name: prod(stage.grid) for stage in backbone.stages}, POINTS: MOST_POINTS}
+    for name, rows in rooms.items():
+        if name not in most:
+            raise UsageError(f"--capacities names '{name}', no stage of the backbone.", fix=nearest(name, most))
+        if rows > most[name]:
+            raise UsageError(
+                f"--capacities gives '{name}' {rows:,} rows, more than there can be.",
+                fix=f"give {most[name]:,} at most",
+            )
+
+
+def _frames(run: RunContext, rooms: Mapping[str, int]) -> dict[str, Frame]:
     """What the plans start at: the inputs of the ONNX node, and points as the sensor gives them."""
     config = load_config(run.path("model_config")).voxels
     info = json.loads(run.path("frames_info").read_text(encoding="utf-8"))
     most = max(row["points"] for row in info["frames"] if row["role"] == "calibration")
     return {
         "plan": frame_from_config(config, rows=config.max_voxels),
-        "points_plan": frame_from_config(config, rows=ceil(most * MARGIN), points=True),
+        "points_plan": frame_from_config(
+            config, rows=rooms.get(POINTS, ceil(most * run.recipe.capacity_margin)), points=True
+        ),
     }
 
 

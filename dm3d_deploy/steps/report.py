@@ -29,6 +29,7 @@ SAME_OBJECT_M = 1.0
 OPTIONS = {
     "checkpoint", "frames", "scope", "patterns", "device", "precision", "calibration_frames", "seed", "cost", "profile",
     "method", "recover", "recover_steps", "recover_data", "score_frames",
+    "capacity_margin", "capacities",
 }  # fmt: skip
 COUNTED = {"macs": "MACs", "executed": "executed MACs"}
 PICTURE_MARGIN = 1.05

@@ -5,12 +5,13 @@ import sys
 
 import onnx
 import pytest
-from run_sample import Noted, tiny_recipe
+from run_sample import TINY, Noted, tiny_recipe
+from zoo_sample import CONFIGS
 
 from dm3d_deploy import build as builder
 from dm3d_deploy.build import rerun
 from dm3d_deploy.device import DEVICES
-from dm3d_deploy.errors import EngineError, StaleArtifact
+from dm3d_deploy.errors import EngineError, StaleArtifact, UsageError
 from dm3d_deploy.plan_facts import describe_plan_of_run
 from dm3d_deploy.stages import FILES, RunContext
 from dm3d_deploy.steps import plan3d
@@ -72,6 +73,69 @@ def test_capacities_are_those_of_the_calibration_frames_with_a_margin(tiny_run):
     assert plan.meta["cost"]["frames"] == sum(row["role"] == "calibration" for row in frames) == 2
     assert plan.capacities["input"] == 4000
     assert all(rows % 64 == 0 for name, rows in plan.capacities.items() if name != "input")
+
+
+def test_the_margin_and_the_rows_of_single_stages_can_be_set(run_copy, tiny_frames, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    before, points_before = read_plan(run_copy / PLAN).capacities, read_plan(run_copy / POINTS).inputs[0].shape[0]
+    plan3d.plan3d(context(run_copy, tiny_frames, capacity_margin=3, capacities="out=128, stage2_down=777,points=9000"))
+    plan, points = read_plan(run_copy / PLAN), read_plan(run_copy / POINTS)
+    assert plan.capacities == points.capacities
+    assert plan.capacities["stage2_down"] == 777
+    assert plan.capacities["out"] == 128
+    for name in ("stage3_down", "stage4_down"):
+        assert plan.capacities[name] == pytest.approx(before[name] * 3 / 1.25, abs=3 * 64)
+    assert plan.capacities["input"] == before["input"] == 4000
+    assert (points.inputs[0].shape[0], points_before) == (9000, 1500 * 5 // 4)
+
+
+def test_another_room_repeats_the_plan_and_the_report_alone(run_copy, tiny_frames):
+    watch = Noted()
+    builder.build(tiny_recipe(tiny_frames, capacity_margin=1.5, capacities="out=128"), run_copy, watch=watch)
+    assert watch.ran == ["plan", "report"]
+    assert read_plan(run_copy / PLAN).capacities["out"] == 128
+    command = json.loads((run_copy / FILES["report"]).read_text())["command"]
+    assert "capacity_margin=1.5, capacities='out=128'" in command
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("conv2=7", "--capacities names 'conv2', no stage of the backbone. Fix: known: input, stage2_down"),
+        ("stage2_dawn=7", "no stage of the backbone. Fix: did you mean 'stage2_down'?"),
+        ("out=513", "gives 'out' 513 rows, more than there can be. Fix: give 512 at most"),
+        ("points=524288", "gives 'points' 524,288 rows, more than there can be. Fix: give 524,287 at most"),
+    ],
+)
+def test_rows_of_no_stage_or_of_too_many_cells_are_refused(run_copy, tiny_frames, given, sentence):
+    with pytest.raises(UsageError) as caught:
+        plan3d.plan3d(context(run_copy, tiny_frames, capacities=given))
+    assert sentence in str(caught.value)
+
+
+def test_pillars_have_no_capacities(run_copy, tiny_frames):
+    (run_copy / FILES["model_config"]).write_bytes((CONFIGS / "pointpillars.yaml").read_bytes())
+    with pytest.raises(UsageError, match="are of a 3D backbone, and pillars have none"):
+        plan3d.plan3d(context(run_copy, tiny_frames, capacities="out=7"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--capacity-margin", "0.9"), "--capacity-margin 0.9 leaves no room for the calibration frames themselves"),
+        (("--capacity-margin", "nan"), "--capacity-margin nan leaves no room"),
+        (("--capacities", "out"), "--capacities out is no list of STAGE=ROWS: 'out' is wrong"),
+        (("--capacities", "out=0"), "'out=0' is wrong"),
+        (("--capacities", "out=1.5"), "'out=1.5' is wrong"),
+        (("--capacities", "out=7,out=8"), "'out=8' is wrong or comes twice"),
+        (("--capacities", "=7"), "'=7' is wrong"),
+    ],
+)
+def test_rooms_that_are_none_are_usage_errors(cli, tmp_path, options, sentence):
+    code, _, err = cli(
+        "build", "--model", str(TINY), "--target", "0.5", "--out", tmp_path / "run", "--dry-run", *options
+    )
+    assert (code, sentence in " ".join(err.split())) == (2, True), err
 
 
 def test_the_node_names_the_plan_and_the_dense_one_has_none(tiny_run):
