@@ -40,7 +40,7 @@ def layer_curve(
     usable = usable_ratios(pattern, ratios)
     steps = prune_step(layer, scores, pattern, usable)
     removed, energy = _removed(weight.ravel().astype(np.float64), flat, steps.ravel(), len(usable))
-    per_tap = _pruned_counts(layer, steps, len(usable))
+    per_tap = pruned_counts(layer, steps, len(usable))
     pruned = per_tap.sum(axis=1)
     tap_weights = layer.inputs * layer.outputs
     return Curve(
@@ -67,7 +67,7 @@ def _removed(
     return np.cumsum(sums, axis=1), np.cumsum(energy)
 
 
-def _pruned_counts(layer: Layer, steps: Int16[np.ndarray, "*shape"], points: int) -> np.ndarray:
+def pruned_counts(layer: Layer, steps: Int16[np.ndarray, "*shape"], points: int) -> np.ndarray:
     """Weights of each tap that are pruned at each point: [points, taps]."""
     taps = taps_from_native(layer, steps).reshape(layer.taps, -1)
     counts = np.stack([np.bincount(tap, minlength=points + 1)[:points] for tap in taps], axis=1)

@@ -21,8 +21,9 @@ from dm3d_deploy.pruning.allocation import allocate, items_for
 from dm3d_deploy.pruning.channels import GroupCurve, Slimming, slimmed
 from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Curve, Layer, Pattern
 from dm3d_deploy.pruning.costs import executed_costs
+from dm3d_deploy.pruning.curves import pruned_counts
 from dm3d_deploy.pruning.groups import ChannelGroup, channel_groups
-from dm3d_deploy.pruning.macs import kept_macs
+from dm3d_deploy.pruning.macs import macs_of_counts
 from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.pruning.patterns import eligible_patterns, prune_step
@@ -62,11 +63,25 @@ def slim_candidates(
         curves=read_group_curves(run.path("channels")),
         blocks=block_distortions(run, in_scope(every, run.recipe.scope)),
     )
-    ways = (True, False) if whole.blocks else (False,)
-    found = [_channels_only(whole, budget, with_blocks) for with_blocks in ways]
-    if mixed and offered:
+    scores = {}
+    if mixed:
         with safe_open(run.path("scores"), framework="np") as file:
             scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a mapping
+    return candidates_within(whole, budget, curves=curves, offered=offered if mixed else set(), scores=scores)
+
+
+def candidates_within(
+    whole: Whole,
+    budget: Budget,
+    *,
+    curves: Sequence[Curve],
+    offered: set[Pattern],
+    scores: Mapping[str, np.ndarray],
+) -> list[Candidate]:
+    """Channels and blocks, channels alone, and where patterns are `offered` some channels and then those."""
+    ways = (True, False) if whole.blocks else (False,)
+    found = [_channels_only(whole, budget, with_blocks) for with_blocks in ways]
+    if offered:
         for way in CHANNELS_FIRST:
             found.append(_then_patterns(whole, curves, offered, budget, budget.value**way, scores))
     made = [candidate for candidate in found if candidate is not None]
@@ -135,7 +150,7 @@ def _then_patterns(
             continue
         own = [curve for curve in curves if curve.layer == layer.name and curve.pattern in patterns]
         scored = narrow.take(layer, scores[layer.name])
-        group = tuple(narrowed_item(layer, left, item, scores, scored) for item in items_for(layer, own, "auto"))
+        group = narrowed_items(layer, left, items_for(layer, own, "auto"), scores[layer.name], scored)
         items.append(group)
         costs.append(executed_costs(left, group))
     with contextlib.suppress(InfeasibleBudget):
@@ -145,16 +160,26 @@ def _then_patterns(
     return None
 
 
-def narrowed_item(
-    layer: Layer, left: Layer, item: Choice, scores: Mapping[str, np.ndarray], scored: np.ndarray
-) -> Choice:
-    """The same pattern and ratio on what is left of a layer: its exact cost, its distortion by the scores it keeps."""
+def narrowed_items(
+    layer: Layer, left: Layer, items: Sequence[Choice], scores: np.ndarray, scored: np.ndarray
+) -> tuple[Choice, ...]:
+    """The same patterns and ratios on what is left of a layer: exact costs, distortions by the scores that it keeps.
+
+    `scores` are those of the whole layer, `scored` of what is left, native shapes.
+    """
     if left is layer:
-        return item
-    keep = prune_step(left, scored, item.pattern, (item.ratio,)) > 0
-    whole = float(np.square(scores[layer.name], dtype=np.float64).sum())
+        return tuple(items)
+    whole = float(np.square(scores, dtype=np.float64).sum())
     share = float(np.square(scored, dtype=np.float64).sum()) / whole if whole > 0 else 1.0
-    return replace(item, distortion=item.distortion * share, cost=kept_macs(left, keep))
+    costs: dict[tuple[str, float], float] = {}
+    for pattern in dict.fromkeys(item.pattern for item in items):
+        ratios = sorted({item.ratio for item in items if item.pattern == pattern})
+        gone = pruned_counts(left, prune_step(left, scored, pattern, ratios), len(ratios))
+        found = macs_of_counts(left, left.inputs * left.outputs - gone)
+        costs |= {(pattern, ratio): float(cost) for ratio, cost in zip(ratios, found, strict=True)}
+    return tuple(
+        replace(item, distortion=item.distortion * share, cost=costs[item.pattern, item.ratio]) for item in items
+    )
 
 
 def block_distortions(run: RunContext, layers: Sequence[Layer]) -> dict[str, float]:

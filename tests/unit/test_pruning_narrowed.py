@@ -8,11 +8,12 @@ import pytest
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.pruning.channels import GroupCurve, widths_of
 from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Layer
-from dm3d_deploy.pruning.macs import executed_macs
+from dm3d_deploy.pruning.macs import executed_macs, kept_macs
 from dm3d_deploy.pruning.masks import masked_state, masks_of
 from dm3d_deploy.pruning.narrowed import Narrowing
-from dm3d_deploy.pruning.patterns import is_2_4, taps_from_native
+from dm3d_deploy.pruning.patterns import is_2_4, prune_step, taps_from_native
 from dm3d_deploy.recipe import Recipe
+from dm3d_deploy.steps.slim import narrowed_items
 
 
 def conv(name, inputs, outputs, *, kind="conv2d", part="2d", final=False):
@@ -118,3 +119,21 @@ def test_channels_are_counted_in_executed_macs_only():
         Recipe(model="centerpoint", target=0.5, patterns="channels")
     assert caught.value.fix == "give --target 0.5 and --cost executed"
     assert Recipe(model="centerpoint", target=0.5, patterns="channels", cost="executed").patterns == "channels"
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_choices_of_a_narrow_layer_cost_what_their_masks_keep(pattern):
+    layer = LAYERS[0]
+    narrow = Narrowing(LAYERS, CURVES, {"backbone_2d.blocks.0.1": 8})
+    left, scored = narrow.of(layer), narrow.take(layer, SCORES[layer.name])
+    whole = [
+        Choice(layer=layer.name, pattern=pattern, step=step, ratio=ratio, distortion=1.0, cost=layer.macs * (1 - ratio))
+        for step, ratio in enumerate((0.75, 0.5, 0.9))
+    ]
+    items = narrowed_items(layer, left, whole, SCORES[layer.name], scored)
+    for item in items:
+        keep = prune_step(left, scored, pattern, (item.ratio,)) > 0
+        assert item.cost == pytest.approx(kept_macs(left, keep), rel=1e-12)
+    kept = np.square(scored).sum() / np.square(SCORES[layer.name]).sum()
+    assert [item.distortion for item in items] == [pytest.approx(kept)] * 3
+    assert narrowed_items(layer, layer, whole, SCORES[layer.name], SCORES[layer.name]) == tuple(whole)
