@@ -26,7 +26,7 @@ check: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/guards $(ARGS)
 
 .venv/.installed: pyproject.toml constraints.txt | $(RUN)
-	$(INSTALL) '.[compile,rtx]'
+	$(INSTALL) '.[compile,rtx,sparse3d]'
 	@touch $@
 
 .venv/.installed-for-tests: pyproject.toml constraints.txt | $(RUN)

@@ -115,7 +115,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         ("cd x && dm3d-deploy bench", "bench"),
         ("make demo PYTHON=python3.12", None),
         ("make coffee", "coffee"),
-        ("pip install -c constraints.txt -e '.[compile,rtx]'", None),
+        ("pip install -c constraints.txt -e '.[compile,rtx,sparse3d]'", None),
         ("pip install 'dm3d-deploy[everything]'", "everything"),
         ("python benchmarks/pruning_speed.py", None),
         ("python benchmarks/nothing.py", "nothing.py"),
