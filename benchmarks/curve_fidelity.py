@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 
 from benchmarks.stamped import Lines, floats, leave, markdown, parser_of, stamped
 from calib.pool import FramePool
-from dm3d_deploy.artifacts import digest_of_file, read_manifest, write_bytes, write_json
+from dm3d_deploy.artifacts import digest_of_file, write_bytes, write_json
 from dm3d_deploy.build import build
 from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.pruning.patterns import prune_step
@@ -111,13 +111,10 @@ def main() -> None:
             true = measured(run, ratio, given.work / f"fidelity-{ratio:g}.json")
             guess = predicted(run, ratio)
             found[ratio] = {name: (guess[name], true[name]) for name in true}
-        info = json.loads(run.path("frames_info").read_text(encoding="utf-8"))["frames"]
-        rows = [info[frame] for frame in frames_of(run, "held_out")]
-    simulated, trained = all(row["path"] is None for row in rows), read_manifest(given.work).trained
-    labels = [row["label"] for row in rows]
+        page = stamped(run, began)
     lines = [
         f"# {Path(given.model).stem}: second-order curves against true forwards", "",
-        *stamped(given.work, labels, simulated, trained, began),
+        *page,
         f"Each layer pruned alone, unstructured, no recovery; curves from {given.calibration_frames} calibration "
         "frames, 2 sketches each.", "", *summary(found), "", "Predicted → true:", "", *by_layer(found),
     ]  # fmt: skip

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dm3d_deploy.artifacts import digest_of_file, write_bytes
+from dm3d_deploy.artifacts import digest_of_file, read_manifest, write_bytes
 from dm3d_deploy.build import source_digest
 from dm3d_deploy.compare import RunComparison
 from dm3d_deploy.device import stamp_here
-from dm3d_deploy.stages import FILES
+from dm3d_deploy.stages import FILES, RunContext
+from dm3d_deploy.steps.frame_work import frames_of
 
 
 class Lines:
@@ -61,24 +63,31 @@ def command() -> str:
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
-def stamped(run: Path, frames: Sequence[str], simulated: bool, trained: bool, began: float) -> list[str]:
-    """Command, machine, load, frames and weights of a measurement that began then (perf_counter, s)."""
+def stamped(run: RunContext, began: float) -> list[str]:
+    """The words for a measurement on a run's held-out frames that began then (perf_counter, s)."""
+    rows = json.loads(run.path("frames_info").read_text(encoding="utf-8"))["frames"]
+    held_out = [rows[frame] for frame in frames_of(run, "held_out")]
+    simulated, labels = all(row["path"] is None for row in held_out), [row["label"] for row in held_out]
+    return _words(run.path("dense_weights"), labels, simulated, read_manifest(run.root).trained, began)
+
+
+def stamped_comparison(found: RunComparison, began: float) -> list[str]:
+    """The words for runs that were compared."""
+    weights = Path(found.runs[0].run) / FILES["dense_weights"]
+    return _words(weights, found.frames, found.simulated, found.trained, began)
+
+
+def _words(weights: Path, frames: Sequence[str], simulated: bool, trained: bool, began: float) -> list[str]:
     stamp = stamp_here()
     load = "unknown" if stamp.load_average is None else f"{stamp.load_average[0]:.1f}"
-    minutes = (time.perf_counter() - began) / 60
-    kind = "simulated " if simulated else ""
+    kind, minutes = "simulated " if simulated else "", (time.perf_counter() - began) / 60
     return [
         f"Measured: `{command()}`, {datetime.date.today().isoformat()}, {minutes:.0f} minutes on "
         f"{stamp.cores_usable} of {stamp.cores} cores of {stamp.cpu}, load {load} at the end.",
         f"{len(frames)} {kind}held-out frames ({frames[0]} to {frames[-1]}) that chose nothing. "
-        f"{'Weights' if trained else 'UNTRAINED weights'} {digest_of_file(run / FILES['dense_weights'])[:12]}, code "
+        f"{'Weights' if trained else 'UNTRAINED weights'} {digest_of_file(weights)[:12]}, code "
         f"{source_digest()[:12]}. Distortion 0 is the dense output.",
     ]
-
-
-def stamped_comparison(found: RunComparison, began: float) -> list[str]:
-    """The same of runs that were compared."""
-    return stamped(Path(found.runs[0].run), found.frames, found.simulated, found.trained, began)
 
 
 def leave(lines: Sequence[str], out: Path | None) -> None:

@@ -57,7 +57,7 @@ def sweep(
                 point = replace(recipe, method=method, target=target)
                 folder = out / f"{method}-{target:g}"
                 if not (folder / "manifest.json").is_file():
-                    _share(source, folder)
+                    share_run(source, folder)
                 build(point, folder, last="recover", watch=eye, pool=pool)
                 judge.measure(RunContext(root=folder, recipe=point, watch=eye, pool=pool), eye)
                 points.append(folder)
@@ -74,7 +74,7 @@ def _check(targets: Sequence[float], methods: Sequence[str]) -> None:
             raise UsageError(f"the {words} {values} are none, or one of them is double.", fix="name each once")
 
 
-def _share(source: Path, folder: Path) -> None:
+def share_run(source: Path, folder: Path) -> None:
     """The same run in another folder, without copying a byte; files are replaced whole, so links stay apart."""
     partial = folder.with_name(folder.name + ".partial")
     with disk_errors(folder):

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,16 +146,21 @@ def _batch_norm(run: RunContext, state: State, trials: _Trials) -> Tried:
     return Tried(state={**state, **renamed})
 
 
-def _reconstruction(run: RunContext, state: State, trials: _Trials) -> Tried:
-    settings = {
+def reconstruction_settings(run: RunContext, masks: Path) -> dict[str, Any]:
+    """Of a job that fits the weights which the masks in a file keep anew to all calibration frames."""
+    return {
         "dense_weights": str(run.path("dense_weights").resolve()),
-        "masks": str(run.path("masks").resolve()),
+        "masks": str(masks.resolve()),
         "frames_file": str(run.path("frames").resolve()),
-        "frames": list(trials.calibration),
+        "frames": list(frames_of(run, "calibration")),
         "rows_per_input": ROWS_PER_INPUT,
         "damping": DAMPING,
         "seed": run.recipe.seed,
     }
+
+
+def _reconstruction(run: RunContext, state: State, trials: _Trials) -> Tried:
+    settings = reconstruction_settings(run, run.path("masks"))
     return Tried(state={**state, **trials.job("reconstruction", trials.calibration[:1], state, settings)[0]})
 
 

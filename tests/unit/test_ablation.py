@@ -1,17 +1,23 @@
-"""Tables of the ablation by part and of the curves' fidelity; the measurements themselves run by hand."""
+"""Tables of the measurements of pruning: by part, of curves, of scores, of 2:4; those themselves run by hand."""
+
+import importlib.util
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import curve_fidelity
+from benchmarks import curve_fidelity, score_evidence, two_four
 from benchmarks.ablation_parts import share_of_scope, table
 from benchmarks.curve_fidelity import measured, predicted, rank_correlation, summary
 from benchmarks.stamped import markdown
 from dm3d_deploy.compare import ComparedRun
+from dm3d_deploy.errors import MissingDependency
 from dm3d_deploy.progress import Silent
 from dm3d_deploy.pruning.contracts import Layer
-from dm3d_deploy.stages import RunContext
+from dm3d_deploy.stages import STAGES, RunContext
+from dm3d_deploy.steps.layers import read_layers
+
+STAGES_READ = {field for stage in STAGES[:4] for field in stage.recipe}
 
 
 def layer(name, part, macs, final=False):
@@ -69,3 +75,31 @@ def test_each_layer_is_pruned_alone_and_measured_once(run_copy, tmp_path, monkey
     assert all(share == pytest.approx(0.5, abs=0.02) for one in pruned[1:] for _, share in one)
     assert measured(run, 0.5, path) == true
     assert len(pruned) == len(true) + 2  # the dense outputs again, no layer
+
+
+def test_the_evidence_for_scores_marks_the_least_of_each_target() -> None:
+    rows = score_evidence.table({"defaults": [(0.5, 0.2, 0.3), (2.0, 1.0, 1.0)], "1 sketch": [(0.25, 0.2, 0.05), (3.0, 2.0, 1.0)]},
+                                [0.5, 0.3])  # fmt: skip
+    assert rows[0] == "| setting | R = 0.5 (score + box) | R = 0.3 (score + box) |"
+    assert rows[2:] == [
+        "| defaults | 0.5 (0.2 + 0.3) | **2** (1 + 1) |", "| 1 sketch | **0.25** (0.2 + 0.05) | 3 (2 + 1) |",
+    ]  # fmt: skip
+    fields = {name for changes in score_evidence.SKETCHED.values() for name in changes}
+    assert fields <= set(STAGES_READ)  # a setting that no stage before the curves reads would change nothing
+
+
+def test_masks_to_compare_are_halves_and_legal(run_copy) -> None:
+    run = RunContext(root=run_copy, recipe=None, watch=Silent(), pool=None)
+    name = next(
+        layer.name for layer in read_layers(run.path("layers")) if layer.kind == "conv2d" and layer.part == "2d"
+    )
+    masks = two_four.own_masks(run, {name: None})
+    assert two_four.checked(run, masks) == pytest.approx(0.5)
+    with pytest.raises(SystemExit, match="not 2:4 along the input channels"):
+        two_four.checked(run, {name: np.ones_like(masks[name])})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("modelopt") is not None, reason="the package is there")
+def test_an_absent_modelopt_is_told_with_what_to_install() -> None:
+    with pytest.raises(MissingDependency, match="'modelopt' is not installed.*pip install nvidia-modelopt requests"):
+        two_four.modelopt()
