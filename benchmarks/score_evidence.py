@@ -125,8 +125,8 @@ def main() -> None:
     lines = [
         f"# {Path(given.model).stem}: what the defaults of scores and curves are worth", "", *page,
         "Unstructured masks, no recovery, the knapsack's own answer; distortions by one scale for all settings. "
-        f"Defaults: damping {recipe.damping:g}, {recipe.sketches} sketches, {recipe.calibration_frames} calibration frames, both "
-        "lambdas 1.", "",
+        f"Defaults: damping {recipe.damping:g}, {recipe.sketches} sketches, {recipe.calibration_frames} calibration "
+        "frames, both lambdas 1.", "",
         *table(found, targets),
     ]  # fmt: skip
     leave(lines, given.out)
