@@ -14,7 +14,7 @@ import numpy as np
 
 from dm3d_deploy.errors import EngineError
 from engines.sparse3d.interpreter import NUMPY_OF, PlanRun, check_inputs, read_kept, run_of
-from engines.sparse3d.plan import F32, I32, I64, Arg, Launch, Memset, Plan, Pointer
+from engines.sparse3d.plan import F32, I32, I64, Arg, Memset, Plan, Pointer, Step
 
 MAJOR, MINOR, DYNAMIC_SHARED = 75, 76, 8  # numbers of CUdevice_attribute and CUfunction_attribute
 GLOBAL_CAPTURE = 0
@@ -56,6 +56,8 @@ class CudaPlan:
         bindings = [*plan.inputs, *plan.outputs]
         self.bound = {item.buffer: self._allocate(bytes(plan.buffers[item.buffer].bytes)) for item in bindings}
         self.workspace = self._allocate(bytes(plan.workspace_bytes))
+        self.memory_of_calls: list[list[Any]] = []
+        self.calls = [self._call_of(step) for step in plan.steps]
 
     def __enter__(self) -> CudaPlan:
         return self
@@ -95,32 +97,29 @@ class CudaPlan:
 
     def enqueue(self) -> None:
         """All steps, in order, on the stream."""
-        for step in self.plan.steps:
-            if isinstance(step, Memset):
-                start, words = self._address(Pointer(step.buffer)) + step.offset, step.bytes // 4
-                self._call(
-                    "cuMemsetD32Async", ctypes.c_uint64(start), ctypes.c_uint(step.value), ctypes.c_size_t(words),
-                    self.stream,
-                )  # fmt: skip
-            else:
-                self._launch(step)
+        for name, args in self.calls:
+            self._call(name, *args)
 
-    def times_ms(self, repeats: int, *, warm_up: int = 50) -> np.ndarray:
-        """Milliseconds of `repeats` launches of the whole plan as one CUDA graph, by events around each."""
+    def times_ms(self, repeats: int, *, graph: bool, warm_up: int = 50) -> np.ndarray:
+        """Milliseconds of `repeats` runs of the whole plan by events around each: one CUDA graph, or step by step."""
         self.enqueue()  # the driver may load kernels at their first launch, which a capture forbids
         self._call("cuStreamSynchronize", self.stream)
-        graph, ready = Handle(), Handle()
-        self._call("cuStreamBeginCapture_v2", self.stream, ctypes.c_int(GLOBAL_CAPTURE))
-        self.enqueue()
-        self._call("cuStreamEndCapture", self.stream, ctypes.byref(graph))
-        self._call("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, ctypes.c_ulonglong(0))
+        whole, ready = Handle(), Handle()
+        if graph:
+            self._call("cuStreamBeginCapture_v2", self.stream, ctypes.c_int(GLOBAL_CAPTURE))
+            self.enqueue()
+            self._call("cuStreamEndCapture", self.stream, ctypes.byref(whole))
+            self._call("cuGraphInstantiateWithFlags", ctypes.byref(ready), whole, ctypes.c_ulonglong(0))
         start, end = Handle(), Handle()
         for event in (start, end):
             self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
         times = []
         for _ in range(warm_up + repeats):
             self._call("cuEventRecord", start, self.stream)
-            self._call("cuGraphLaunch", ready, self.stream)
+            if graph:
+                self._call("cuGraphLaunch", ready, self.stream)
+            else:
+                self.enqueue()
             self._call("cuEventRecord", end, self.stream)
             self._call("cuEventSynchronize", end)
             took = ctypes.c_float()
@@ -128,19 +127,24 @@ class CudaPlan:
             times.append(took.value)
         for event in (start, end):
             self._call("cuEventDestroy_v2", event)
-        self._call("cuGraphExecDestroy", ready)
-        self._call("cuGraphDestroy", graph)
+        if graph:
+            self._call("cuGraphExecDestroy", ready)
+            self._call("cuGraphDestroy", whole)
         return np.array(times[warm_up:])
 
-    def _launch(self, step: Launch) -> None:
+    def _call_of(self, step: Step) -> tuple[str, tuple[Any, ...]]:
+        """The driver's function of a step and its arguments; nothing in them changes from frame to frame."""
+        if isinstance(step, Memset):
+            start, words = self._address(Pointer(step.buffer)) + step.offset, step.bytes // 4
+            fill = (ctypes.c_uint64(start), ctypes.c_uint(step.value), ctypes.c_size_t(words))
+            return "cuMemsetD32Async", (*fill, self.stream)
         cubin = self.plan.cubins[self.sm][step.kernel]
         values = [self._value(arg) for arg in step.args] + [ctypes.c_uint64(0) for _ in range(cubin.hidden_params)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        self.memory_of_calls.append(values)  # `pointers` holds their addresses, and does not keep them alive
         sizes = (*step.grid, cubin.threads, 1, 1, cubin.shared_bytes)
-        self._call(
-            "cuLaunchKernel", self.functions[step.kernel], *(ctypes.c_uint(size) for size in sizes), self.stream,
-            pointers, None,
-        )  # fmt: skip
+        shape = tuple(ctypes.c_uint(size) for size in sizes)
+        return "cuLaunchKernel", (self.functions[step.kernel], *shape, self.stream, pointers, None)
 
     def _value(self, arg: Arg) -> Any:
         if isinstance(arg, Pointer):

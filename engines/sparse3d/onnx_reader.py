@@ -128,6 +128,12 @@ class _Reader:
     def read(self, node: Any) -> None:
         """Take what the planner needs from one node; standard operators of the reference body say nothing new."""
         kind = node.op_type
+        if node.domain == DOMAIN and kind.startswith("ChooseVoxels"):
+            raise EngineError(
+                f"{self.path} cannot be planned: it chooses voxels by their features, and a plan knows its cells before "
+                "it computes one.",
+                fix="run backbone3d.onnx in ONNX Runtime, or build with --voxel-keep 1",
+            )
         if kind == "Constant":
             self._constant(node)
         elif kind == "Add" and node.input[0] in self.sums:

@@ -11,6 +11,8 @@ from plan_sample import sample_plan, sample_with_cubins
 from sparse3d_sample import backbone_of, clustered_cells, layer, padded, plain_frame
 
 import engines
+from benchmarks.sparse3d_gpu.replay import replay
+from benchmarks.sparse3d_gpu.tools import write_case
 from dm3d_deploy.errors import EngineError, UsageError
 from engines.sparse3d.cuda_executor import CudaPlan
 from engines.sparse3d.interpreter_worker import trace_of
@@ -107,12 +109,32 @@ def test_a_planned_backbone_is_launched_as_the_interpreter_does(driver, tmp_path
 def test_times_are_those_of_a_graph_that_was_warm_when_it_was_captured(driver, tmp_path):
     plan = sample_with_cubins(87)
     with CudaPlan(plan, library=driver) as cuda:
-        times = cuda.times_ms(7, warm_up=3)
+        times = cuda.times_ms(7, graph=True, warm_up=3)
     assert times.tolist() == [1.0] * 7
     words = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
     steps = ["launch" if hasattr(step, "kernel") else "memset" for step in plan.steps]
     told = [word for word in words if word in ("launch", "memset", "capture", "captured", "graph")]
     assert told == [*steps, "capture", *steps, "captured", *["graph"] * 10]
+
+
+def test_times_without_a_graph_are_those_of_every_step(driver, tmp_path):
+    plan = sample_with_cubins(87)
+    with CudaPlan(plan, library=driver) as cuda:
+        assert cuda.times_ms(2, graph=False, warm_up=1).tolist() == [1.0] * 2
+    lines = (tmp_path / "log").read_text().splitlines()
+    steps = [line for line in lines if line.startswith(("launch ", "memset "))]
+    assert len(steps) == 4 * len(plan.steps)
+    assert steps[: len(plan.steps)] == steps[-len(plan.steps) :]
+    assert not [line for line in lines if line.startswith(("capture", "graph"))]
+
+
+def test_a_replayed_case_is_compared_with_what_is_expected(driver, tmp_path):
+    plan = sample_with_cubins(87)
+    features = np.zeros((4, 3), np.float32)
+    outputs = {"bev": np.zeros((1, 2, 3, 4), np.float16), "status": np.zeros(4, np.int32)}  # nothing is executed
+    assert replay(write_case(tmp_path / "right", plan, {"features": features}, outputs), driver)
+    other = {**outputs, "status": np.ones(4, np.int32)}
+    assert not replay(write_case(tmp_path / "wrong", plan, {"features": features}, other), driver)
 
 
 def test_a_plan_for_another_gpu_is_refused(driver):
