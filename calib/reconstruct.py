@@ -138,7 +138,7 @@ class _Samples:
     def moments(self, layer: PrunableLayer, x: Any, wanted: Any, order: int) -> Moments:
         """Sums over the drawn rows."""
         pairs = ROWS_OF[layer.kind]
-        inputs, outputs = _matrix(layer.weight.numpy(force=True), layer.kind).shape
+        inputs, outputs = _matrix(layer.weight.numpy(force=True), layer).shape
         rng = np.random.Generator(np.random.PCG64([self._seed, order]))
         moments = Moments.empty(inputs, outputs)
         for rows, targets in pairs(layer.module, x, wanted, self._rows_per_input * inputs, rng):
@@ -199,19 +199,21 @@ ROWS_OF: Mapping[str, Callable[..., Rows]] = {
 }
 
 
-def _matrix(array: np.ndarray, kind: str) -> np.ndarray:
+def _matrix(array: np.ndarray, layer: PrunableLayer) -> np.ndarray:
     """A weight or its mask as [inputs, outputs] of the rows above."""
-    return array.reshape(len(array), -1) if kind == "deconv2d" else array.reshape(len(array), -1).T
+    if layer.pointwise:
+        return array.reshape(layer.read_shape[0], -1)
+    return array.reshape(len(array), -1) if layer.kind == "deconv2d" else array.reshape(len(array), -1).T
 
 
 def _refitted(layer: PrunableLayer, moments: Moments, keep: np.ndarray, damping: float) -> dict[str, np.ndarray]:
     """Put the new weights into the layer and the offset into the norm behind it; returns both by tensor name."""
     weight = layer.weight
     old = weight.numpy(force=True)
-    found = refit(moments, _matrix(old, layer.kind), _matrix(keep, layer.kind), damping=damping)
-    new = found.weight if layer.kind == "deconv2d" else found.weight.T
+    found = refit(moments, _matrix(old, layer), _matrix(keep, layer), damping=damping)
+    new = found.weight if layer.kind == "deconv2d" or layer.pointwise else found.weight.T
     weight.copy_(torch.from_numpy(np.ascontiguousarray(new).reshape(old.shape)))
-    offset = found.offset.reshape(old.shape[layer.output_dim], -1).mean(axis=1)
+    offset = found.offset.reshape(layer.read_shape[layer.output_dim], -1).mean(axis=1)
     bias = layer.module.bias
     if isinstance(bias, Tensor):
         offset = offset - bias.numpy(force=True)  # the wanted outputs hold the bias already

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dm3d_deploy.artifacts import MANIFEST_NAME, Artifact, Manifest, digest_of_file, read_manifest
-from dm3d_deploy.config import CenterHeadConfig, DetectorConfig, detector_names, load_config
+from dm3d_deploy.config import VOXELNEXT, CenterHeadConfig, DetectorConfig, detector_names, load_config
 from dm3d_deploy.errors import CheckpointError, UsageError, require
 from dm3d_deploy.measurements import Measurements, read_measurements
 from dm3d_deploy.models.naming import classes_per_task
@@ -254,7 +254,9 @@ def _looks_like(
         return same_head and any(name.startswith("vfe.") for name in shapes)
     width = max(shapes.get("backbone_3d.conv_out.0.weight", (0,)), default=0)
     residual = "backbone_3d.conv1.0.conv1.weight" in shapes
-    same_kind = residual == (config.backbone_3d.name == "VoxelResBackBone8x")
+    merges = any(name.startswith("backbone_3d.conv6.") for name in shapes)
+    plain = config.backbone_3d.name == "VoxelBackBone8x"
+    same_kind = residual != plain and merges == (config.backbone_3d.name == VOXELNEXT)
     return same_head and same_kind and width == max(config.backbone_3d.channels[-2:])
 
 

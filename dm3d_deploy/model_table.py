@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dm3d_deploy.config import CenterHeadConfig, DetectorConfig, detector_names, load_config
+from dm3d_deploy.config import VOXELNEXT, CenterHeadConfig, DetectorConfig, detector_names, load_config
 from dm3d_deploy.models.bundled import TRAINED_ON, bundled_weights
 
 UNTRAINED = "none: UNTRAINED (seeded by parameter name) without --checkpoint"
@@ -18,6 +18,7 @@ COMPARED = {
     "centerpoint-pillar": SEEDED,
     "pointpillars": SEEDED,
     "second": SEEDED,
+    "voxelnext": SEEDED,
     "second-once": "the modules of second; this grid was not compared",
 }
 PARAMETERS = {
@@ -28,6 +29,7 @@ PARAMETERS = {
     "centerpoint-slim": 1_970_646,
     "pointpillars": 4_834_888,
     "second": 5_325_576,
+    "voxelnext": 7_981_398,
     "second-once": 5_360_460,
 }
 
@@ -35,6 +37,8 @@ PARAMETERS = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Multiplications:
     """MACs per frame: `fixed` in the 2D backbone and the head, `of_frame` before them, which depends on the frame.
+
+    A sparse head depends on the frame, too.
 
     The frame is the first that `--frames simulated` calibrates with at seed 0, with so many `voxels` or pillars.
     """
@@ -52,6 +56,7 @@ MULTIPLICATIONS = {
     "centerpoint-slim": Multiplications(fixed=14_926_479_360, of_frame=3_006_209_072, voxels=66_301),
     "pointpillars": Multiplications(fixed=34_173_812_736, of_frame=188_538_880, voxels=9_206),
     "second": Multiplications(fixed=69_638_553_600, of_frame=5_959_597_440, voxels=39_004),
+    "voxelnext": Multiplications(fixed=0, of_frame=46_146_823_824, voxels=91_255),
     "second-once": Multiplications(fixed=71_153_975_296, of_frame=6_341_612_992, voxels=36_389),
 }
 
@@ -85,6 +90,8 @@ def model_rows() -> list[dict[str, Any]]:
 
 def _parts(config: DetectorConfig) -> str:
     """The modules, as OpenPCDet calls them."""
+    if config.backbone_3d is not None and config.backbone_3d.name == VOXELNEXT:
+        return f"{VOXELNEXT}, VoxelNeXtHead"
     head = "CenterHead" if isinstance(config.head, CenterHeadConfig) else "AnchorHeadSingle"
     if config.backbone_3d is not None:
         return f"{config.backbone_3d.name}, BaseBEVBackbone, {head}"

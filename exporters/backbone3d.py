@@ -26,6 +26,7 @@ from dm3d_deploy.errors import ExportError
 from exporters import sparse_functions as fn
 from exporters.graph_files import write_graph
 from exporters.sparse_functions import Triple
+from exporters.voxelnext import merged_cells_function, merged_features_function, stage_ends, with_ones_function
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -169,6 +170,23 @@ class _Assembly:
             total = body.op("Add", total, layer.adds)
         return body.op("Relu", total, output=layer.name)
 
+    def merge(self, ends: Sequence[tuple[str, str, Triple]]) -> str:
+        """Move to the flat sum of stages (features, stage, grid); returns its features."""
+        body, cells = self.body, "merged.cells"
+        self.grid = (1, *ends[0][2][1:])
+        function = self._define(merged_cells_function("MergedCells", len(ends)))
+        body.call(function, [f"{stage}.sites" for _, stage, _ in ends], [cells], cells)
+        self._index("merged", cells)
+        function = self._define(merged_features_function("MergedFeatures", self.grid, len(ends)))
+        index = [f"merged.{part}" for part in ("sites", "plane", "table")]
+        body.call(function, [cells, *index, *(end[0] for end in ends)], ["merged"], "merged", grid=self.grid)
+        return "merged"
+
+    def tell_active(self, features: str) -> str:
+        """Give active cells a last channel of ones."""
+        self.body.call(self._define(with_ones_function("WithOnes")), [features], ["active"], "active")
+        return "active"
+
     def leave(self, features: str, channels: int) -> None:
         """Emit the BEV map and the status."""
         function = self._define(fn.bev_function("ToBev", self.grid, channels))
@@ -186,9 +204,15 @@ def backbone_model(
     """
     assembly = _Assembly(layers, grid_zyx)
     features = assembly.enter()
+    last, ends = stage_ends([layer.name for layer in layers]), []
     for layer in layers:
         features = assembly.convolve(layer, features)
+        if layer.name in last:
+            ends.append((features, assembly.stage, assembly.grid))
+            features = assembly.merge(ends) if len(ends) == len(last) else features
     channels = len(layers[-1].bias)
+    if last:
+        features, channels = assembly.tell_active(features), channels + 1
     assembly.leave(features, channels)
     inputs, outputs = ["features", "coords", "count"], ["bev", "status"]
     attributes: dict[str, Any] = {"grid": grid_zyx, "max_voxels": max_voxels}
@@ -230,7 +254,7 @@ def _layer(name: str, conv: nn.Module, adds: str = "") -> SparseLayer:
     z, y, x = conv.kernel
     return SparseLayer(
         name=name,
-        weight=_array(conv.weight),
+        weight=_array(conv.weight).reshape(conv.out_channels, *conv.kernel, conv.in_channels),
         bias=np.zeros(conv.out_channels, np.float32) if conv.bias is None else _array(conv.bias),
         stride=(1, 1, 1) if isinstance(conv, SubMConv3d) else conv.stride,
         padding=(z // 2, y // 2, x // 2) if isinstance(conv, SubMConv3d) else conv.padding,

@@ -113,16 +113,21 @@ class _Writer:
 def bev_head_model(detector: Detector, *, precision: Literal["fp16", "fp32"]) -> tuple[onnx.ModelProto, int]:
     """The graph, and how many weights other than zero the precision rounded to zero."""
     from dm3d_deploy.models.fold import fold_batch_norms
+    from dm3d_deploy.models.voxelnext import EMPTY_LOGIT, SparseCenterHead
+    from exporters.voxelnext import make_dense, only_where_active
 
     if precision not in TYPES:
         raise UsageError(f"there is no precision '{precision}'.", fix="choose fp16 or fp32")
     folded = fold_batch_norms(detector)
+    sparse = isinstance(folded.dense_head, SparseCenterHead)
+    if sparse:
+        make_dense(folded.dense_head)
     writer = _Writer(TYPES[precision])
     flow, levels = "bev", []
     for i, (block, deblock) in enumerate(zip(folded.backbone_2d.blocks, folded.backbone_2d.deblocks, strict=True)):
         flow = writer.chain(f"backbone_2d.blocks.{i}", block, flow)
         levels.append(writer.chain(f"backbone_2d.deblocks.{i}", deblock, flow))
-    features = writer.node("Concat", levels, "backbone_2d.features", axis=1)
+    features = writer.node("Concat", levels, "backbone_2d.features", axis=1) if levels else flow
     anchors = "conv_cls" in dict(folded.dense_head.named_children())
     outputs = (_anchor_outputs if anchors else _center_outputs)(writer, folded.dense_head, features)
     if writer.refused:
@@ -130,12 +135,15 @@ def bev_head_model(detector: Detector, *, precision: Literal["fp16", "fp32"]) ->
             f"{len(writer.refused)} tensors do not fit {precision}: {'; '.join(writer.refused[:5])}.",
             fix="export fp32, or check the checkpoint for weights that grew without bound",
         )
-    return _model(writer, _bev_shape(folded), outputs), writer.rounded_to_zero
+    model = _model(writer, _bev_shape(folded), outputs)
+    return only_where_active(model, EMPTY_LOGIT) if sparse else model, writer.rounded_to_zero
 
 
 def _center_outputs(writer: _Writer, dense_head: nn.Module, features: str) -> list[str]:
-    """Write a CenterHead; returns the outputs."""
-    shared = writer.chain("dense_head.shared_conv", dense_head.get_submodule("shared_conv"), features)
+    """Write a CenterHead, or the sparse one, which has no shared convolution; returns the outputs."""
+    shared = features
+    if "shared_conv" in dict(dense_head.named_children()):
+        shared = writer.chain("dense_head.shared_conv", dense_head.get_submodule("shared_conv"), features)
     outputs = []
     for task, head in enumerate(cast("Iterable[SeparateHead]", dense_head.get_submodule("heads_list").children())):
         for branch in head.names:
@@ -156,9 +164,11 @@ def _anchor_outputs(writer: _Writer, dense_head: nn.Module, features: str) -> li
 
 
 def _bev_shape(detector: Detector) -> list[int]:
+    """Without the channel that tells active cells from others."""
     from torch import nn
 
-    first = next(module for module in detector.backbone_2d.modules() if isinstance(module, nn.Conv2d))
+    modules = (*detector.backbone_2d.modules(), *detector.dense_head.modules())
+    first = next(module for module in modules if isinstance(module, nn.Conv2d))
     return [1, first.in_channels, *detector.bev_shape]
 
 

@@ -1,6 +1,6 @@
 """What a detector is: OpenPCDet's YAML, read strictly into frozen values."""
 
-from dm3d_deploy.config.backbones import sparse_height
+from dm3d_deploy.config.backbones import VOXELNEXT, sparse_height
 from dm3d_deploy.config.reader import config_from_text, detector_names, load_config
 from dm3d_deploy.config.schema import (
     AnchorHeadConfig,
@@ -18,6 +18,7 @@ from dm3d_deploy.config.schema import (
 )
 
 __all__ = [
+    "VOXELNEXT",
     "AnchorHeadConfig",
     "AnchorPostConfig",
     "Backbone2dConfig",

@@ -11,6 +11,8 @@ from dm3d_deploy.config.schema import Backbone2dConfig, Backbone3dConfig, VoxelC
 from dm3d_deploy.yaml_reader import Entry, Section
 
 SPARSE_STRIDE = 8
+VOXELNEXT = "VoxelResBackBone8xVoxelNeXt"
+NO_2D = Backbone2dConfig(layer_nums=(), strides=(), filters=(), upsample_strides=(), upsample_filters=())
 SPARSE_CHANNELS: dict[str, tuple[int, ...]] = {
     "VoxelResBackBone8x": (16, 16, 32, 64, 128, 128),
     "VoxelBackBone8x": (16, 16, 32, 64, 64, 128),
@@ -20,14 +22,27 @@ SPARSE_BLOCKS = 2
 
 def backbone_3d_of(section: Section) -> Backbone3dConfig:
     """The sparse backbone."""
-    section.only(("NAME", "CHANNELS", "NUM_BLOCKS"))
     name = section.kept["NAME"]
+    if name == VOXELNEXT:
+        return _voxelnext_of(section)
+    section.only(("NAME", "CHANNELS", "NUM_BLOCKS"))
     channels = section.get_or("CHANNELS", yaml_reader.sequence(COUNT, 6), SPARSE_CHANNELS[name])
     return Backbone3dConfig(
         name=name,
         channels=cast("tuple[int, int, int, int, int, int]", channels),
         blocks=section.get_or("NUM_BLOCKS", yaml_reader.integer(1, 64), SPARSE_BLOCKS),
     )
+
+
+def _voxelnext_of(section: Section) -> Backbone3dConfig:
+    """OpenPCDet's five CHANNELS are those of conv1 to conv5; conv6 has as many as conv5."""
+    section.only(("NAME", "CHANNELS", "OUT_CHANNEL", "NUM_BLOCKS"))
+    first, c2, c3, c4, c5 = section.get_or("CHANNELS", yaml_reader.sequence(COUNT, 5), (16, 32, 64, 128, 128))
+    if c4 != c5:
+        section.fail("CHANNELS", f"gives conv4 {c4} and conv5 {c5}, which are added up", fix="make the last two equal")
+    last = section.get_or("OUT_CHANNEL", COUNT, 128)
+    blocks = section.get_or("NUM_BLOCKS", yaml_reader.integer(1, 64), SPARSE_BLOCKS)
+    return Backbone3dConfig(name=VOXELNEXT, channels=(first, first, c2, c3, c4, last), blocks=blocks)
 
 
 def sparse_height(cells_z: int) -> int:
@@ -88,6 +103,8 @@ def backbone_2d_of(section: Section, voxels: VoxelConfig, stride_3d: int) -> Bac
 
 def map_stride(config: Backbone2dConfig) -> int:
     """Cells of the bird's-eye view per cell of the 2D backbone's output, along x and y."""
+    if not config.strides:
+        return 1
     return round(config.strides[0] / config.upsample_strides[0])
 
 

@@ -7,15 +7,22 @@ from dm3d_deploy.config.kinds import COUNT, SHARE, WORDS, limits_of
 from dm3d_deploy.config.schema import Branch, CenterHeadConfig, PostConfig
 from dm3d_deploy.yaml_reader import Section
 
+IGNORED_SPARSE = ("INPUT_FEATURES", "GAUSSIAN_RATIO", "GAUSSIAN_TYPE")
+DEFAULT_KERNEL = 3  # OpenPCDet's
 BRANCH_CHANNELS = {"center": 2, "center_z": 1, "dim": 3, "rot": 2, "vel": 2}
 IGNORED_HEAD = ("CLASS_AGNOSTIC", "LOSS_CONFIG")
 IGNORED_TARGETS = ("NUM_MAX_OBJS", "GAUSSIAN_OVERLAP", "MIN_RADIUS", "DENSE_REG")
 
 
 def center_head_of(section: Section, class_names: tuple[str, ...], stride: int) -> CenterHeadConfig:
-    """The head; `stride` is that of its map, in voxel cells."""
+    """CenterHead or VoxelNeXtHead; `stride` is that of its map, in voxel cells."""
+    sparse = section.kept["NAME"] == "VoxelNeXtHead"
     read = ("CLASS_NAMES_EACH_HEAD", "SHARED_CONV_CHANNEL", "USE_BIAS_BEFORE_NORM", "NUM_HM_CONV", "SEPARATE_HEAD_CFG")
-    section.only(("NAME", *read, "TARGET_ASSIGNER_CONFIG", "POST_PROCESSING"), IGNORED_HEAD)
+    own = ("KERNEL_SIZE_HEAD", "IOU_BRANCH", "DOUBLE_FLIP") if sparse else ()
+    ignored = (*IGNORED_HEAD, *(IGNORED_SPARSE if sparse else ()))
+    section.only(("NAME", *read, *own, "TARGET_ASSIGNER_CONFIG", "POST_PROCESSING"), ignored)
+    if sparse:
+        _check_sparse(section)
     tasks = section.get("CLASS_NAMES_EACH_HEAD", yaml_reader.sequence(WORDS))
     named = [name for task in tasks for name in task]
     if sorted(named) != sorted(set(class_names)) or len(class_names) != len(named):
@@ -31,6 +38,8 @@ def center_head_of(section: Section, class_names: tuple[str, ...], stride: int) 
         targets.fail("FEATURE_MAP_STRIDE", f"is {stated}, but the backbones make {stride}", fix=f"write {stride}")
     shared = section.get("SHARED_CONV_CHANNEL", COUNT)
     bias = section.get("USE_BIAS_BEFORE_NORM", yaml_reader.flag)
+    if sparse and not bias:
+        section.fail("USE_BIAS_BEFORE_NORM", "is False, which is not read for VoxelNeXtHead", fix="write True")
     heat_convs = section.get("NUM_HM_CONV", yaml_reader.integer(1, 16))
     branches = _branches(section.get("SEPARATE_HEAD_CFG", Section))
     return CenterHeadConfig(
@@ -39,7 +48,18 @@ def center_head_of(section: Section, class_names: tuple[str, ...], stride: int) 
         bias_before_norm=bias,
         branches=tuple((*branches, Branch(name="hm", channels=len(task), convs=heat_convs)) for task in tasks),
         stride=stride,
+        sparse=sparse,
     )
+
+
+def _check_sparse(section: Section) -> None:
+    """A head of pointwise convolutions that says boxes, and nothing else."""
+    kernel = section.get_or("KERNEL_SIZE_HEAD", COUNT, DEFAULT_KERNEL)
+    if kernel != 1:
+        section.fail("KERNEL_SIZE_HEAD", f"is {kernel}, and a sparse head is read with 1", fix="write 1")
+    for key in ("IOU_BRANCH", "DOUBLE_FLIP"):
+        if section.get_or(key, yaml_reader.flag, False):
+            section.fail(key, "is True, which is not read here", fix="write False")
 
 
 def _branches(section: Section) -> tuple[Branch, ...]:

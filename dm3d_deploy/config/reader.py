@@ -7,7 +7,9 @@ from pathlib import Path
 from dm3d_deploy import yaml_reader
 from dm3d_deploy.config.anchor_head import anchor_head_of, anchor_post_of
 from dm3d_deploy.config.backbones import (
+    NO_2D,
     SPARSE_STRIDE,
+    VOXELNEXT,
     backbone_2d_of,
     backbone_3d_of,
     bev_channels_of,
@@ -46,6 +48,11 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
     "PointPillar": {
         "VFE": ("PillarVFE", "DynPillarVFE"),
         "DENSE_HEAD": ("AnchorHeadSingle",),
+    },
+    "VoxelNeXt": {
+        "VFE": ("MeanVFE",),
+        "BACKBONE_3D": (VOXELNEXT,),
+        "DENSE_HEAD": ("VoxelNeXtHead",),
     },
 }
 PARTS = ("VFE", "BACKBONE_3D", "MAP_TO_BEV", "BACKBONE_2D", "DENSE_HEAD")
@@ -97,12 +104,19 @@ def _config_from_entry(entry: Entry, name: str) -> DetectorConfig:
     voxels = voxels_of(data, dynamic=modules["VFE"].kept["NAME"] == "DynPillarVFE")
     pillars, backbone_3d, bev_channels = _to_bev(modules, data, voxels)
     stride_3d = SPARSE_STRIDE if backbone_3d is not None else 1
-    backbone_2d = backbone_2d_of(modules["BACKBONE_2D"], voxels, stride_3d)
+    flat = modules.get("BACKBONE_2D")
+    backbone_2d = NO_2D if flat is None else backbone_2d_of(flat, voxels, stride_3d)
     stride = stride_3d * map_stride(backbone_2d)
     head: CenterHeadConfig | AnchorHeadConfig
     post: PostConfig | AnchorPostConfig
-    if modules["DENSE_HEAD"].kept["NAME"] == "CenterHead":
+    if modules["DENSE_HEAD"].kept["NAME"] in ("CenterHead", "VoxelNeXtHead"):
         head = center_head_of(modules["DENSE_HEAD"], class_names, stride)
+        if head.sparse and head.shared_channels + 1 != bev_channels:
+            modules["DENSE_HEAD"].fail(
+                "SHARED_CONV_CHANNEL",
+                f"is {head.shared_channels}, but OUT_CHANNEL of the backbone is {bev_channels - 1}",
+                fix=f"write {bev_channels - 1}",
+            )
         post = center_post_of(modules["DENSE_HEAD"].get("POST_PROCESSING", Section))
         if "POST_PROCESSING" in model.entries:
             Section(model.entries["POST_PROCESSING"], "MODEL.POST_PROCESSING").only((), IGNORED_POST)
@@ -134,6 +148,8 @@ def _to_bev(
         return pillars, None, bev_channels_of(modules["MAP_TO_BEV"], made, "the channels of the pillars")
     modules["VFE"].only(("NAME",))
     backbone = backbone_3d_of(modules["BACKBONE_3D"])
+    if backbone.name == VOXELNEXT:
+        return None, backbone, backbone.channels[5] + 1
     channels, height = backbone.channels[5], sparse_height(voxels.grid_zyx[0])
     words = f"{channels} channels x {height} cells left along z"
     return None, backbone, bev_channels_of(modules["MAP_TO_BEV"], channels * height, words)
@@ -150,8 +166,9 @@ def _modules(model: Section) -> dict[str, Section]:
         "BACKBONE_2D": ("BaseBEVBackbone",),
     }
     modules = {}
+    sparse = family["DENSE_HEAD"] == ("VoxelNeXtHead",)
     for part in PARTS:
-        if part == "BACKBONE_3D" and not over_voxels:
+        if (part == "BACKBONE_3D" and not over_voxels) or (sparse and part in ("MAP_TO_BEV", "BACKBONE_2D")):
             continue
         modules[part] = model.get(part, Section)
         modules[part].get("NAME", yaml_reader.choice(known[part], f"{part} module"))

@@ -52,7 +52,8 @@ class Backbone3dConfig:
 
     `blocks` are the residual blocks of a stage (VoxelResBackBone8x), or the submanifold convolutions behind the strided
     one of conv2 to conv4 (VoxelBackBone8x, whose conv1 has one). OpenPCDet fixes both in code (16, 16, 32, 64, 128 or
-    plain 64, 128, and 2); the YAML keys CHANNELS and NUM_BLOCKS are ours.
+    plain 64, 128, and 2); the YAML keys CHANNELS and NUM_BLOCKS are ours. VoxelResBackBone8xVoxelNeXt has conv5 and
+    conv6, as wide as conv4, and its `conv_out` is flat.
     """
 
     name: str
@@ -62,7 +63,10 @@ class Backbone3dConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backbone2dConfig:
-    """BaseBEVBackbone: one entry per block; an upsample stride of 1/n is a convolution of stride n."""
+    """BaseBEVBackbone: one entry per block; an upsample stride of 1/n is a convolution of stride n.
+
+    VoxelNeXt has no block at all.
+    """
 
     layer_nums: tuple[int, ...]
     strides: tuple[int, ...]
@@ -82,13 +86,17 @@ class Branch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CenterHeadConfig:
-    """CenterHead. `branches[i]` are those of task i in OpenPCDet's order: HEAD_ORDER, then hm."""
+    """CenterHead. `branches[i]` are those of task i in OpenPCDet's order: HEAD_ORDER, then hm.
+
+    With `sparse` it is VoxelNeXtHead: pointwise, at the active cells of a sparse map, without a shared convolution.
+    """
 
     classes_by_task: tuple[tuple[str, ...], ...]
     shared_channels: int
     bias_before_norm: bool
     branches: tuple[tuple[Branch, ...], ...]
     stride: int
+    sparse: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +165,8 @@ class AnchorPostConfig:
 class DetectorConfig:
     """A whole detector. `text` is the flattened YAML (no `_BASE_CONFIG_`), which reads back to an equal config.
 
-    Points reach the bird's-eye view through `backbone_3d` or through `pillars`; the other is None.
+    Points reach the bird's-eye view through `backbone_3d` or through `pillars`; the other is None. Behind a sparse head
+    the last of `bev_channels` is 1 at the active cells.
     """
 
     name: str

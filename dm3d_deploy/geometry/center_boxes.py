@@ -12,6 +12,8 @@ from dm3d_deploy.geometry.candidates import Located, checked, scores_from_logits
 from dm3d_deploy.geometry.nms import order_by_score
 from dm3d_deploy.pointcloud import Boxes3D, Detections
 
+EMPTY_LOGIT = -30.0  # what a sparse head's map holds where no cell is active; a score of 1e-13
+
 
 def task_candidates(
     maps: Mapping[str, np.ndarray], task: int, config: DetectorConfig, head: CenterHeadConfig, post: PostConfig
@@ -19,7 +21,8 @@ def task_candidates(
     """The candidates of one task, and the lowest score of its `max_objects` cells if there were so many."""
     maps = _task_maps(maps, task, head)
     hm = maps["hm"][0]
-    scores, cell, class_of_task = _best_cells(hm, post.max_objects, post.score_threshold)
+    least = EMPTY_LOGIT if head.sparse else -np.inf
+    scores, cell, class_of_task = _best_cells(hm, post.max_objects, post.score_threshold, least)
     row, column = np.divmod(cell, hm.shape[2])
     value = {name: branch[0].reshape(branch.shape[1], -1)[:, cell].astype(np.float64) for name, branch in maps.items()}
 
@@ -44,13 +47,17 @@ def task_candidates(
     return select_located(located, inside), cut
 
 
-def _best_cells(hm: np.ndarray, count: int, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Score, cell (flat in [H, W]) and class of the `count` best cells of [C, H, W] whose score exceeds `threshold`."""
+def _best_cells(
+    hm: np.ndarray, count: int, threshold: float, least: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Score, cell (flat in [H, W]) and class of the `count` best cells of [C, H, W].
+
+    Their scores exceed `threshold`, and their logits `least`.
+    """
     scores = scores_from_logits(hm.ravel())
-    flat = np.flatnonzero(scores > np.float32(threshold))
+    flat = np.flatnonzero((scores > np.float32(threshold)) & (hm.ravel() > least))
     if len(flat) > count:
-        least = np.partition(scores[flat], -count)[-count]
-        flat = flat[scores[flat] >= least]
+        flat = flat[scores[flat] >= np.partition(scores[flat], -count)[-count]]
     flat = flat[order_by_score(scores[flat])[:count]]
     return scores[flat], flat % hm[0].size, flat // hm[0].size
 

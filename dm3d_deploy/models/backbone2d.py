@@ -17,7 +17,10 @@ def _norm_relu(channels: int) -> list[nn.Module]:
 
 
 class BaseBEVBackbone(nn.Module):
-    """Blocks of 3x3 convolutions; the output of each is brought back to one resolution and concatenated."""
+    """Blocks of 3x3 convolutions; the output of each is brought back to one resolution and concatenated.
+
+    Without a block, as in VoxelNeXt, the map goes through as it is.
+    """
 
     def __init__(self, config: Backbone2dConfig, in_channels: int) -> None:
         super().__init__()
@@ -37,7 +40,7 @@ class BaseBEVBackbone(nn.Module):
         for block, deblock in zip(self.blocks, self.deblocks, strict=True):
             bev = block(bev)
             outputs.append(deblock(bev))
-        return torch.cat(outputs, dim=1)
+        return torch.cat(outputs, dim=1) if outputs else bev
 
 
 def _resizing(in_channels: int, channels: int, up: float) -> nn.Module:

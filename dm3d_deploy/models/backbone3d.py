@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dm3d_deploy.config import Backbone3dConfig
 from dm3d_deploy.models.sparse import (
+    KernelMap,
     SparseConv3d,
     SparseConvolution,
     SparseTensor,
@@ -30,10 +31,10 @@ def _norm(channels: int) -> nn.BatchNorm1d:
 
 
 class ConvNormReLU(nn.Sequential):
-    """Sparse convolution, batch norm and ReLU, named 0, 1, 2."""
+    """Sparse convolution, batch norm and ReLU, named 0, 1, 2; the norm is the backbone's unless another is given."""
 
-    def __init__(self, conv: SparseConvolution) -> None:
-        super().__init__(conv, _norm(conv.out_channels), nn.ReLU(inplace=True))
+    def __init__(self, conv: SparseConvolution, norm: nn.BatchNorm1d | None = None) -> None:
+        super().__init__(conv, _norm(conv.out_channels) if norm is None else norm, nn.ReLU(inplace=True))
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Apply to the features."""
@@ -79,9 +80,9 @@ class SparseBackbone(nn.Module):
             self.conv1 = nn.Sequential(ConvNormReLU(SubMConv3d(first, c1, CUBE, indice_key="stage1")))
         else:
             self.conv1 = nn.Sequential(*_blocks(block, c1, config.blocks, "stage1"))
-        self.conv2 = _stage(block, c1, c2, config.blocks, "stage2", padding=(1, 1, 1))
-        self.conv3 = _stage(block, c2, c3, config.blocks, "stage3", padding=(1, 1, 1))
-        self.conv4 = _stage(block, c3, c4, config.blocks, "stage4", padding=(0, 1, 1))
+        self.conv2 = down_stage(block, c1, c2, config.blocks, "stage2", padding=(1, 1, 1))
+        self.conv3 = down_stage(block, c2, c3, config.blocks, "stage3", padding=(1, 1, 1))
+        self.conv4 = down_stage(block, c3, c4, config.blocks, "stage4", padding=(0, 1, 1))
         self.conv_out = ConvNormReLU(
             SparseConv3d(c4, last, (3, 1, 1), stride=(2, 1, 1), padding=(0, 0, 0), indice_key="out")
         )
@@ -91,6 +92,13 @@ class SparseBackbone(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, SparseConvolution):
                 yield name, module
+
+    def kernel_maps(self, x: SparseTensor) -> Iterator[tuple[str, SparseConvolution, SparseTensor, KernelMap]]:
+        """All convolutions in forward order: name, convolution, the cells that it reads, and its map."""
+        for name, conv in self.convolutions():
+            kernel_map = conv.kernel_map(x)
+            yield name, conv, x, kernel_map
+            x = sites_only(x.at(kernel_map, x.features))
 
     @property
     def out_shape_zyx(self) -> Triple:
@@ -117,9 +125,10 @@ def _blocks(block: Callable[..., nn.Module], channels: int, count: int, indice_k
     return [block(channels, indice_key=indice_key) for _ in range(count)]
 
 
-def _stage(
+def down_stage(
     block: Callable[..., nn.Module], in_channels: int, channels: int, blocks: int, name: str, *, padding: Triple
 ) -> nn.Sequential:
+    """A strided convolution and `blocks` blocks behind it, as OpenPCDet's conv2 to conv6 are."""
     down = SparseConv3d(in_channels, channels, CUBE, stride=DOWN, padding=padding, indice_key=f"{name}_down")
     return nn.Sequential(ConvNormReLU(down), *_blocks(block, channels, blocks, name))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 import struct
@@ -83,7 +84,7 @@ def load_tensors(detector: Detector, found: Mapping[str, Tensor], source: str) -
     layout = _spconv_layout(source, found, expected, sparse)
     if layout == "1.x":
         found = {
-            name: torch.movedim(t, -1, 0) if name in sparse and t.ndim == expected[name].ndim else t
+            name: _from_1x(t, expected[name]) if name in sparse and t.ndim == expected[name].ndim else t
             for name, t in found.items()
         }
     _check_fit(source, detector.config.name, found, expected)
@@ -222,6 +223,13 @@ def _spconv_layout(
             fix="use a configuration with other channel counts",
         )
     return "1.x" if only["1.x"] else "2.x"
+
+
+def _from_1x(old: Tensor, expected: Tensor) -> Tensor:
+    """A weight of spconv 1.x in the layout of 2.x, which reads a kernel of one cell as 1.x does: [Cin, Cout]."""
+    if old.numel() == expected.numel() and math.prod(expected.shape[1:-1]) == 1:
+        return old.reshape(expected.shape)
+    return torch.movedim(old, -1, 0)
 
 
 def _check_fit(source: str, model: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

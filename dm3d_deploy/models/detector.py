@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from dm3d_deploy.config import AnchorHeadConfig, CenterHeadConfig, DetectorConfig
+from dm3d_deploy.config import VOXELNEXT, AnchorHeadConfig, CenterHeadConfig, DetectorConfig
 from dm3d_deploy.errors import InternalError, UsageError
 from dm3d_deploy.models.anchor_head import AnchorHeadSingle
 from dm3d_deploy.models.backbone2d import BaseBEVBackbone
@@ -19,6 +19,7 @@ from dm3d_deploy.models.backbone3d import SparseBackbone, bev_from_sparse, sites
 from dm3d_deploy.models.center_head import CenterHead
 from dm3d_deploy.models.pillars import PillarVFE
 from dm3d_deploy.models.sparse import SparseConvolution, SparseTensor
+from dm3d_deploy.models.voxelnext import SparseCenterHead, VoxelNeXtBackbone
 from dm3d_deploy.pointcloud import Voxels
 
 
@@ -42,13 +43,15 @@ class Detector(nn.Module):
         if config.pillars is not None:
             self.vfe = PillarVFE(config.pillars, columns, config.voxels.max_points_per_voxel)
         elif config.backbone_3d is not None:
-            self.backbone_3d = SparseBackbone(config.backbone_3d, columns, (depth + 1, height, width))
+            backbone = VoxelNeXtBackbone if config.backbone_3d.name == VOXELNEXT else SparseBackbone
+            self.backbone_3d = backbone(config.backbone_3d, columns, (depth + 1, height, width))
         else:
             raise InternalError(f"{config.name} has neither a 3D backbone nor pillars")
         self.backbone_2d = BaseBEVBackbone(config.backbone_2d, config.bev_channels)
         features = sum(config.backbone_2d.upsample_filters)
         if isinstance(config.head, CenterHeadConfig):
-            self.dense_head: nn.Module = CenterHead(config.head, features)
+            sparse = config.head.sparse
+            self.dense_head: nn.Module = SparseCenterHead(config.head) if sparse else CenterHead(config.head, features)
         else:
             self.dense_head = AnchorHeadSingle(config.head, len(config.class_names), features)
 
@@ -132,11 +135,13 @@ def sparse_pair_counts(detector: Detector, coords: Int64[Tensor, "voxels 4"]) ->
     batch_size = int(coords[:, 0].max()) + 1 if len(coords) else 1
     empty = torch.empty(len(coords), 0, device=coords.device)
     x = sites_only(detector._sparse(empty, coords, batch_size))
-    counts = {}
-    for name, conv in detector.backbone_3d.convolutions():
-        kernel_map = conv.kernel_map(x)
+    counts, sites = {}, {}
+    for name, _, _, kernel_map in detector.backbone_3d.kernel_maps(x):
         counts[f"backbone_3d.{name}"] = kernel_map.pair_counts
-        x = sites_only(x.at(kernel_map, x.features))
+        sites[f"x_{name.split('.')[0]}"] = len(kernel_map.out_coords)
+    for layer in _layers(detector, "dense_head", "head"):
+        if layer.kind == "sparse":
+            counts[layer.name] = np.array([sites["x_shared_conv"]])
     return counts
 
 
@@ -168,9 +173,25 @@ class PrunableLayer:
         return weight
 
     @property
+    def pointwise(self) -> bool:
+        """Whether this is a sparse kernel of one cell, whose weight spconv reads as [Cin, 1, 1, Cout]."""
+        return self.kind == "sparse" and math.prod(self.weight.shape[1:-1]) == 1
+
+    @property
+    def read_shape(self) -> tuple[int, ...]:
+        """The shape in which the weight multiplies: its own unless it is pointwise."""
+        shape = tuple(self.weight.shape)
+        return shape[::-1] if self.pointwise else shape
+
+    @property
     def output_dim(self) -> int:
-        """The dimension of `weight` that runs over output channels."""
-        return 1 if self.kind == "deconv2d" else 0
+        """The dimension of `read_shape` that runs over output channels."""
+        return -1 if self.pointwise else 1 if self.kind == "deconv2d" else 0
+
+    @property
+    def input_dim(self) -> int:
+        """The dimension of `read_shape` that runs over input channels."""
+        return 0 if self.pointwise else {"sparse": -1, "deconv2d": 0}.get(self.kind, 1)
 
 
 KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -215,7 +236,7 @@ def _is_final(detector: Detector, name: str) -> bool:
 
 
 def dense_positions(detector: Detector) -> dict[str, int]:
-    """For every 2D layer: how many times each of its weights is multiplied for one frame.
+    """For every dense 2D layer: how many times each of its weights is multiplied for one frame.
 
     A convolution's weights meet every output cell; those of a deconvolution whose kernel is its stride, every input
     cell.
@@ -232,5 +253,6 @@ def dense_positions(detector: Detector) -> dict[str, int]:
         for layer in _layers(detector, f"backbone_2d.deblocks.{i}", "2d"):
             positions[layer.name] = math.prod(size) if layer.kind == "conv2d" else height * width
     for layer in _layers(detector, "dense_head", "head"):
-        positions[layer.name] = math.prod(size)
+        if layer.kind != "sparse":
+            positions[layer.name] = math.prod(size)
     return positions

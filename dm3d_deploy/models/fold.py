@@ -22,7 +22,8 @@ def folded(
 ) -> tuple[Float[Tensor, ...], Float[Tensor, " channels"]]:
     """Weight and bias of one convolution that equals convolution and norm in eval mode.
 
-    `output_dim` is the dimension of `conv_weight` over output channels: 0, or 1 for a transposed convolution. Products
+    `output_dim` is the dimension of `conv_weight` over output channels: 0, 1 for a transposed convolution, -1 for a
+    pointwise sparse one. Products
     are formed in float64; zeros stay zeros. w' = w * g / sqrt(var + eps), b' = (b - mean) * g / sqrt(var + eps) + beta.
     """
     if norm.running_mean is None or norm.running_var is None:
@@ -44,8 +45,9 @@ def fold_batch_norms(detector: Detector) -> Detector:
             continue
         module = layer.module
         bias = module.bias if isinstance(module.bias, Tensor) else None
-        weight, bias = folded(layer.weight, bias, layer.norm, output_dim=layer.output_dim)
-        module.weight = nn.Parameter(weight)
+        read = layer.weight.reshape(layer.read_shape)
+        weight, bias = folded(read, bias, layer.norm, output_dim=layer.output_dim)
+        module.weight = nn.Parameter(weight.reshape(layer.weight.shape))
         module.bias = nn.Parameter(bias)
         parent, _, leaf = layer.norm_name.rpartition(".")
         setattr(copied.get_submodule(parent), leaf, nn.Identity())

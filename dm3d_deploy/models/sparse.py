@@ -186,7 +186,7 @@ class _Convolve(torch.autograd.Function):
     ) -> Float[Tensor, "outputs cout"]:
         ctx.save_for_backward(features, weight)
         ctx.kernel_map = kernel_map
-        matrices = weight.flatten(1, 3)
+        matrices = weight.flatten(1, -2)
         kept = matrices.any(dim=2).any(dim=0).tolist()
         output = features.new_zeros(len(kernel_map.out_coords), len(weight))
         for tap in kernel_map.order:
@@ -206,7 +206,7 @@ class _Convolve(torch.autograd.Function):
         features, weight = ctx.saved_tensors
         kernel_map: KernelMap = ctx.kernel_map
         wants_features, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        matrices = weight.flatten(1, 3)
+        matrices = weight.flatten(1, -2)
         grad_features = torch.zeros_like(features) if wants_features else None
         grad_weight = torch.empty_like(matrices) if wants_weight else None
         for tap in kernel_map.order:

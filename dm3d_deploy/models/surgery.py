@@ -29,9 +29,9 @@ def smaller_detector(detector: Detector, sides: Mapping[str, Sides], dropped: Co
         if layer.name not in sides:
             continue
         inputs, outputs = (torch.from_numpy(np.flatnonzero(side)) for side in sides[layer.name])
-        weight = state[f"{layer.name}.weight"]
-        weight = weight.index_select(layer.output_dim, outputs)
-        state[f"{layer.name}.weight"] = weight.index_select(_input_dim(layer.kind), inputs).contiguous()
+        weight = state[f"{layer.name}.weight"].reshape(layer.read_shape)
+        weight = weight.index_select(layer.output_dim, outputs).index_select(layer.input_dim, inputs)
+        state[f"{layer.name}.weight"] = weight.reshape(weight.shape[::-1]) if layer.pointwise else weight.contiguous()
         names = [f"{layer.name}.bias"]
         if layer.norm_name is not None:
             names += [f"{layer.norm_name}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
@@ -56,9 +56,10 @@ def detector_of_weights(config: DetectorConfig, state: Mapping[str, Tensor]) -> 
         weight = state.get(f"{layer.name}.weight")
         if weight is None or weight.ndim != layer.weight.ndim:
             continue
-        _resize(layer.module, weight, layer.output_dim, _input_dim(layer.kind))
+        output_dim, input_dim = {"sparse": (0, -1), "deconv2d": (1, 0)}.get(layer.kind, (0, 1))
+        _resize(layer.module, weight, output_dim, input_dim)
         if layer.norm is not None:
-            _resize_norm(layer.norm, weight.shape[layer.output_dim])
+            _resize_norm(layer.norm, weight.shape[output_dim])
     try:
         detector.load_state_dict(dict(state))
     except RuntimeError as error:
@@ -67,10 +68,6 @@ def detector_of_weights(config: DetectorConfig, state: Mapping[str, Tensor]) -> 
             fix="give the weights and the YAML of one run",
         ) from None
     return detector.eval()
-
-
-def _input_dim(kind: str) -> int:
-    return {"sparse": 4, "deconv2d": 0}.get(kind, 1)
 
 
 def _resize(module: Any, weight: Tensor, output_dim: int, input_dim: int) -> None:

@@ -14,7 +14,7 @@ from dm3d_deploy.errors import InternalError, UsageError
 
 Part = Literal["3d", "2d", "head"]
 Kind = Literal["sparse", "linear", "conv2d", "deconv2d"]
-DIMENSIONS = {"sparse": 5, "linear": 2, "conv2d": 4, "deconv2d": 4}
+DIMENSIONS = {"sparse": (4, 5), "linear": (2,), "conv2d": (4,), "deconv2d": (4,)}
 Pattern = Literal["unstructured", "2:4", "tile", "channel", "depth", "dense"]
 Scope = Literal["backbone", "model", "backbone3d"]
 Cost = Literal["macs", "executed", "latency"]
@@ -27,8 +27,9 @@ ROUNDING = 1e-12  # relative: sums of the same MACs in another order differ by t
 class Layer:
     """One convolution: its weight's native shape and how often each of its taps multiplies.
 
-    Native shapes: sparse [Cout, kz, ky, kx, Cin], linear [Cout, Cin], conv2d [Cout, Cin, kh, kw], deconv2d
-    [Cin, Cout, kh, kw]. `positions` holds, per tap in row-major order of the kernel ((z * ky + y) * kx + x), the
+    Native shapes: sparse [Cout, kz, ky, kx, Cin], without kz where flat, linear [Cout, Cin], conv2d
+    [Cout, Cin, kh, kw], deconv2d [Cin, Cout, kh, kw].
+    `positions` holds, per tap in row-major order of the kernel ((z * ky + y) * kx + x), the
     multiplications per weight of that tap, averaged over the calibration frames: rulebook pairs for a sparse layer,
     rows for a linear one (points of pillars), map cells for a dense one. `final` marks the last convolution of a head
     branch, which stays dense.
@@ -44,7 +45,7 @@ class Layer:
     def __post_init__(self) -> None:
         if self.part not in get_args(Part) or self.kind not in get_args(Kind):
             raise InternalError(f"{self.name}: no such part or kind of layer: '{self.part}', '{self.kind}'")
-        if len(self.shape) != DIMENSIONS[self.kind] or min(self.shape) < 1:
+        if len(self.shape) not in DIMENSIONS[self.kind] or min(self.shape) < 1:
             raise InternalError(f"{self.name}: {self.shape} is no {self.kind} weight")
         if self.positions.shape != (self.taps,) or self.positions.dtype != np.float64:
             raise InternalError(
@@ -57,7 +58,7 @@ class Layer:
     @property
     def inputs(self) -> int:
         """Input channels."""
-        return self.shape[{"sparse": 4, "linear": 1, "conv2d": 1, "deconv2d": 0}[self.kind]]
+        return self.shape[{"sparse": -1, "linear": 1, "conv2d": 1, "deconv2d": 0}[self.kind]]
 
     @property
     def outputs(self) -> int:
@@ -67,7 +68,7 @@ class Layer:
     @property
     def kernel(self) -> tuple[int, ...]:
         """Kernel extent: z, y, x of a sparse layer, y, x of a dense one, nothing of a linear one."""
-        return self.shape[1:4] if self.kind == "sparse" else self.shape[2:4]
+        return self.shape[1:-1] if self.kind == "sparse" else self.shape[2:4]
 
     @property
     def taps(self) -> int:

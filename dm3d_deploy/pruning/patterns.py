@@ -37,7 +37,11 @@ def taps_from_native(layer: Layer, array: np.ndarray) -> np.ndarray:
     """An array of the weight's native shape as [taps, Cin, Cout], a view where strides allow."""
     if array.shape != layer.shape:
         raise InternalError(f"{layer.name}: an array of shape {array.shape} does not fit the weight {layer.shape}")
-    axes = {"sparse": (1, 2, 3, 4, 0), "linear": (1, 0), "conv2d": (2, 3, 1, 0), "deconv2d": (2, 3, 0, 1)}[layer.kind]
+    if layer.kind == "linear":
+        return array.reshape(1, layer.outputs, layer.inputs).swapaxes(1, 2)
+    if layer.kind == "sparse" and layer.taps == 1:  # spconv reads it so: models.voxelnext.PointConv2d
+        return array.reshape(1, layer.inputs, layer.outputs)
+    axes = {"sparse": (*range(1, array.ndim), 0), "conv2d": (2, 3, 1, 0), "deconv2d": (2, 3, 0, 1)}[layer.kind]
     return array.transpose(axes).reshape(layer.taps, layer.inputs, layer.outputs)
 
 
@@ -45,7 +49,12 @@ def native_from_taps(layer: Layer, taps: np.ndarray) -> np.ndarray:
     """The inverse of `taps_from_native`, contiguous."""
     if taps.shape != (layer.taps, layer.inputs, layer.outputs):
         raise InternalError(f"{layer.name}: an array of shape {taps.shape} holds no taps of {layer.shape}")
-    axes = {"sparse": (4, 0, 1, 2, 3), "linear": (1, 0), "conv2d": (3, 2, 0, 1), "deconv2d": (2, 3, 0, 1)}[layer.kind]
+    if layer.kind == "linear":
+        return np.ascontiguousarray(taps[0].T).reshape(layer.shape)
+    if layer.kind == "sparse" and layer.taps == 1:
+        return np.ascontiguousarray(taps[0]).reshape(layer.shape)
+    dims = len(layer.shape)
+    axes = {"sparse": (dims - 1, *range(dims - 1)), "conv2d": (3, 2, 0, 1), "deconv2d": (2, 3, 0, 1)}[layer.kind]
     return np.ascontiguousarray(taps.reshape(*layer.kernel, layer.inputs, layer.outputs).transpose(axes))
 
 

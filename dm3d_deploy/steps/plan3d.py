@@ -12,7 +12,7 @@ from jaxtyping import Int16
 from safetensors import safe_open
 
 from dm3d_deploy.artifacts import write_json
-from dm3d_deploy.config import load_config
+from dm3d_deploy.config import VOXELNEXT, load_config
 from dm3d_deploy.device import Device, devices_from
 from dm3d_deploy.errors import Dm3dError, EngineError, MissingDependency, UsageError, nearest
 from dm3d_deploy.plan_facts import NOT_COMPILED, PLANS
@@ -29,6 +29,14 @@ from engines.sparse3d.sites import frame_statistics
 
 POINTS = "points"
 PILLARS = "pillars have no 3D backbone; ONNX Runtime runs their point network (onnx/backbone3d.onnx)"
+MERGED = (
+    "VoxelNeXt adds up three stages in the bird's-eye view, which a plan does not know, so that its backbone and its "
+    "flat convolutions have no plan; ONNX Runtime runs them (onnx/backbone3d.onnx)"
+)
+WHOLE_MAP = (
+    "onnx/bev_head.onnx runs the pointwise head at every cell of the map and empties what is not active; its "
+    "multiplications are counted at active cells"
+)
 VEHICLES = "orin,rtx4090,thor-jp7,rtx5090"
 NOTHING_COMPILED: dict[str, Any] = {
     "triton": None, "standing": NOT_COMPILED, "reproducible": True, "targets": {}, "kernels": [],
@@ -79,10 +87,15 @@ def _neutral_plans(run: RunContext, skipped: list[dict[str, str]]) -> dict[str, 
         run.watch.noted(f"no {PLANS[name]}: {error}")
 
     rooms = rooms_from_text(run.recipe.capacities)
-    if load_config(run.path("model_config")).pillars is not None:
+    config = load_config(run.path("model_config"))
+    merges = config.backbone_3d is not None and config.backbone_3d.name == VOXELNEXT
+    if config.pillars is not None or merges:
+        reason = PILLARS if config.pillars is not None else MERGED
         if rooms:
-            raise UsageError("--capacities are of a 3D backbone, and pillars have none.", fix="leave them out")
-        skipped += [{"layer": name, "reason": PILLARS} for name in PLANS.values()]
+            raise UsageError(f"--capacities are of a 3D plan, and there is none: {reason}.", fix="leave them out")
+        skipped += [{"layer": name, "reason": reason} for name in PLANS.values()]
+        if merges:
+            skipped.append({"layer": "the head at active cells alone", "reason": WHOLE_MAP})
         return plans
     try:
         backbone = read_backbone(run.path("backbone3d"))

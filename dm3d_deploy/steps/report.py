@@ -123,7 +123,8 @@ def gather(run: RunContext) -> dict[str, Any]:
 
 def _macs_by_part(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     part_of = {row["name"]: row["part"] for row in found["layers"]}
-    parts = {part: {"dense": 0.0, "kept": 0.0, "executed": 0.0} for part in ("3d", "2d", "head")}
+    there = [part for part in ("3d", "2d", "head") if part in part_of.values()]
+    parts = {part: {"dense": 0.0, "kept": 0.0, "executed": 0.0} for part in there}
     for row in found["masks_info"]:
         for column in ("dense", "kept", "executed"):
             parts[part_of[row["layer"]]][column] += row[f"{column}_macs"]
@@ -149,7 +150,8 @@ def _frames(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _share(parts: Mapping[str, Mapping[str, float]], names: tuple[str, ...], column: str) -> float:
-    return sum(parts[name][column] for name in names) / sum(parts[name]["dense"] for name in names)
+    found = [parts[name] for name in names if name in parts]
+    return sum(part[column] for part in found) / sum(part["dense"] for part in found)
 
 
 def _budget(recipe: Recipe, allocation: Mapping[str, Any], parts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

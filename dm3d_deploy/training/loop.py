@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dm3d_deploy.artifacts import disk_errors
-from dm3d_deploy.config import AnchorHeadConfig, CenterHeadConfig
+from dm3d_deploy.config import AnchorHeadConfig, CenterHeadConfig, DetectorConfig
 from dm3d_deploy.errors import Dm3dError, InternalError, UsageError
 from dm3d_deploy.models.backbone3d import bev_from_sparse
 from dm3d_deploy.models.detector import Detector
@@ -163,7 +163,7 @@ def train_detector(
     `losses` are minimised, by default those of labels; they see columns scaled by `column_scale`. `after_step` runs
     behind every update: pruned weights are put back to zero there. `score` rates the detector every
     `settings.score_every_s` seconds of work, and changes nothing. Raises TrainingDiverged when a loss is no number any
-    more, and OutputError when a disk is full: the last checkpoint stays whole.
+    more, UsageError for a sparse head, and OutputError when a disk is full: the last checkpoint stays whole.
     """
     team = team or Team()
     with disk_errors(out):
@@ -196,7 +196,17 @@ def train_detector(
     return progress
 
 
+def check_trainable(config: DetectorConfig) -> None:
+    """UsageError for a detector whose head nothing here makes targets for."""
+    if isinstance(config.head, CenterHeadConfig) and config.head.sparse:
+        raise UsageError(
+            f"{config.name} has a sparse head, and no targets are made here for its active cells.",
+            fix="train it with OpenPCDet; --recover reconstruct needs no training",
+        )
+
+
 def _prepare(detector: Detector, settings: TrainSettings) -> None:
+    check_trainable(detector.config)
     for part in (detector.backbone_2d, detector.dense_head):
         part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in detector.modules():

@@ -115,7 +115,7 @@ def test_rows_of_no_stage_or_of_too_many_cells_are_refused(run_copy, tiny_frames
 
 def test_pillars_have_no_capacities(run_copy, tiny_frames):
     (run_copy / FILES["model_config"]).write_bytes((CONFIGS / "pointpillars.yaml").read_bytes())
-    with pytest.raises(UsageError, match="are of a 3D backbone, and pillars have none"):
+    with pytest.raises(UsageError, match="are of a 3D plan, and there is none: pillars have no 3D backbone"):
         plan3d.plan3d(context(run_copy, tiny_frames, capacities="out=7"))
 
 

@@ -31,7 +31,7 @@ def test_what_a_layer_knows() -> None:
     [
         ({"part": "4d"}, "no such part or kind of layer: '4d'"),
         ({"kind": "conv4d"}, "no such part or kind"),
-        ({"shape": (8, 3, 1, 4)}, "is no sparse weight"),
+        ({"shape": (8, 3, 4)}, "is no sparse weight"),
         ({"shape": (8, 0, 1, 1, 4)}, "is no sparse weight"),
         ({"positions": np.ones(2)}, "do not fit 3 taps"),
         ({"positions": np.ones(3, np.float32)}, "type float32 do not fit"),

@@ -15,6 +15,7 @@ from dm3d_deploy.models.seeded import seed_weights
 MADE_OF = {
     "second": "a plain 3D backbone, an anchor head of 18 scores a cell",
     "pointpillars": "pillars, an anchor head of 18 scores a cell",
+    "voxelnext": "a VoxelNeXt backbone, a centre head with 1, 2, 2, 1, 2, 2 classes per task",
     "centerpoint-pillar": "pillars of several layers, a centre head with 1, 2, 2, 1, 2, 2 classes per task",
 }
 
@@ -38,8 +39,11 @@ def state_of(path):
 def test_half_precision_and_the_old_layout_load(name, files, tmp_path):
     state = state_of(files / f"{name}.pth")
     target = build_detector(variant(name))
-    sparse = {f"{layer.name}.weight" for layer in prunable_layers(target) if layer.kind == "sparse"}
+    layers = [layer for layer in prunable_layers(target) if layer.kind == "sparse"]
+    sparse = {f"{layer.name}.weight" for layer in layers}
     old = {key: torch.movedim(v, 0, -1).contiguous() if key in sparse else v for key, v in state.items()}
+    for key in (f"{layer.name}.weight" for layer in layers if layer.pointwise):  # spconv 1 and 2 read these alike
+        old[key] = state[key].reshape(1, 1, state[key].shape[-1], state[key].shape[0])
     torch.save({key: v.half() if v.is_floating_point() else v for key, v in old.items()}, tmp_path / "a.pth")
     info = load_checkpoint(target, tmp_path / "a.pth")
     assert info.spconv_layout == ("1.x" if sparse else "2.x")

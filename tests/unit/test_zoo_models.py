@@ -12,14 +12,20 @@ from calib.held_out import model_labels
 from calib.simulator.objects import CLASS_NAMES
 from dm3d_deploy.artifacts import digest_of_file
 from dm3d_deploy.config import load_config
-from dm3d_deploy.errors import EngineError, FrameError
+from dm3d_deploy.errors import EngineError, FrameError, UsageError
 from dm3d_deploy.geometry.anchors import anchor_maps, anchor_places, cell_anchors
+from dm3d_deploy.geometry.center_boxes import EMPTY_LOGIT
 from dm3d_deploy.geometry.decode import decoded
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.models.detector import build_detector, prunable_layers, sparse_pair_counts, tensors_from_voxels
 from dm3d_deploy.models.seeded import seed_weights
+from dm3d_deploy.models.sparse import SparseTensor
+from dm3d_deploy.models.voxelnext import PointConv2d
 from dm3d_deploy.pointcloud import PointCloud
+from dm3d_deploy.pruning.contracts import Layer
 from dm3d_deploy.pruning.normalisation import output_distortion, output_scale, top_cells
+from dm3d_deploy.pruning.patterns import native_from_taps, taps_from_native
+from dm3d_deploy.training.loop import check_trainable
 from engines.onnx_runtime import open_session, run_backbone
 from exporters.backbone3d import export_backbone3d
 from exporters.bev_head import export_bev_head
@@ -147,6 +153,42 @@ def test_graphs_compute_what_torch_computes_and_gradients_reach_every_layer(name
     rows = sketch_gradients(detector, features, coords, 0, settings)
     assert all(np.isfinite(row).all() and np.abs(row).max() > 0 for row in rows.values()), name
     assert {name: row.shape[0] for name, row in rows.items()} == dict.fromkeys(names, 2)
+
+
+def test_a_sparse_head_speaks_at_active_cells_alone_and_is_not_trained_here():
+    detector = built("voxelnext")
+    features, coords = tensors_from_voxels(voxelize(cloud_of(detector.config), detector.config))
+    with torch.inference_mode():
+        bev = detector.backbone_to_bev(features, coords)
+        maps = {key: value.numpy() for key, value in detector.bev_to_heads(bev).items()}
+    active = bev[0, -1].numpy() > 0
+    assert 0 < np.count_nonzero(active) < active.size
+    assert sparse_pair_counts(detector, coords)["dense_head.heads_list.0.hm.1"].tolist() == [np.count_nonzero(active)]
+    for key, value in maps.items():
+        assert (value[0, :, ~active] == (EMPTY_LOGIT if key.endswith("hm") else 0)).all()
+    config = detector.config
+    everything = dataclasses.replace(
+        config, post=dataclasses.replace(config.post, score_threshold=0.0, max_objects=100_000)
+    )
+    for located in decoded(maps, everything).before_nms:
+        assert active.ravel()[located.cells].all()
+    with pytest.raises(UsageError, match="small-voxelnext has a sparse head, and no targets are made here"):
+        check_trainable(config)
+
+
+def test_a_pointwise_weight_is_a_matrix_of_inputs_by_outputs():
+    """spconv 2 reads the memory of [Cout, 1, 1, Cin] as [Cin, Cout]: https://github.com/traveller59/spconv/issues/450"""
+    conv = PointConv2d(3, 2)
+    weight = torch.arange(6.0).reshape(2, 1, 1, 3)
+    conv.load_state_dict({"weight": weight, "bias": torch.tensor([10.0, 20.0])})
+    cells = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1]])
+    x = SparseTensor(torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]), cells, (1, 2, 2), 1)
+    with torch.no_grad():
+        assert conv(x).features.tolist() == [[10.0, 21.0], [14.0, 25.0]]
+    layer = Layer(name="p", part="head", kind="sparse", shape=(2, 1, 1, 3), positions=np.array([5.0]))
+    taps = taps_from_native(layer, weight.numpy())
+    assert taps.tolist() == [[[0, 1], [2, 3], [4, 5]]]
+    assert np.array_equal(native_from_taps(layer, taps), weight.numpy())
 
 
 def maps_of(config, rng):

@@ -43,6 +43,15 @@ VARIANTS = {
         ("NUM_FILTERS: [64, 64]", "NUM_FILTERS: [8, 8]"),
         ("SHARED_CONV_CHANNEL: 64", "SHARED_CONV_CHANNEL: 8"),
     ),
+    "voxelnext": (
+        ("POINT_CLOUD_RANGE: [-54.0, -54.0, -5.0, 54.0, 54.0, 3.0]", "POINT_CLOUD_RANGE: [-6.4, -6.4, -3.0, 6.4, 6.4, 1.0]"),
+        ("VOXEL_SIZE: [0.075, 0.075, 0.2]", "VOXEL_SIZE: [0.1, 0.1, 0.1]"),
+        ("MAX_NUMBER_OF_VOXELS: {test: 160000}", "MAX_NUMBER_OF_VOXELS: {test: 4000}"),
+        ("CHANNELS: [16, 32, 64, 128, 128]", "CHANNELS: [4, 6, 8, 12, 12]"),
+        ("OUT_CHANNEL: 128", "OUT_CHANNEL: 16"),
+        ("NUM_BLOCKS: 2", "NUM_BLOCKS: 1"),
+        ("SHARED_CONV_CHANNEL: 128", "SHARED_CONV_CHANNEL: 16"),
+    ),
 }  # fmt: skip
 
 
