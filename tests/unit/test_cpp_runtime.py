@@ -18,8 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 from plan_sample import sample_images, sample_plan, sample_with_cubins
+from run_sample import points_of
 
 import engines
+from benchmarks.sparse3d_gpu.cases import Case
+from dm3d_deploy.pointcloud import PointCloud
+from engines.sparse3d.interpreter_worker import trace_of
 from engines.sparse3d.plan import (
     ELEMENT_BYTES,
     F32,
@@ -368,6 +372,21 @@ def test_a_whole_backbone_is_launched_as_the_interpreter_launches_it(build: Path
     found = [{"kernel": step.kernel, "grid": step.grid, "args": step.args} for step in recorded(log, built)]
     assert found == list(trace)
     assert len(found) > 20
+
+
+@pytest.mark.parametrize(("kept", "points"), [(1.0, False), (0.5, False), (0.5, True)])
+def test_all_of_centerpoint_is_launched_as_the_interpreter_does(
+    build: Path, tmp_path: Path, kept: float, points: bool
+) -> None:
+    """21 layers, dense and with half of the tiles: nothing is executed, so they cost little."""
+    cloud = PointCloud(points=points_of(0, columns=5), columns=("x", "y", "z", "intensity", "timestamp"))
+    case = Case(model="centerpoint", kept=kept, cloud=cloud)
+    plan = sample_images(case.plan("fp16", points=points), 87)
+    assert len(plan.layers) == 21
+    assert any(layer.tiles_kept < layer.tiles_total for layer in plan.layers) == (kept < 1)
+    log = run_frame(build, tmp_path, plan, {name: array.tobytes() for name, array in case.feed(points=points).items()})
+    found = [{"kernel": step.kernel, "grid": step.grid, "args": step.args} for step in recorded(log, plan)]
+    assert found == trace_of(plan)
 
 
 def test_the_runtime_needs_no_cuda_headers() -> None:
