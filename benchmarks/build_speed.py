@@ -1,5 +1,7 @@
 """Time and memory of the main job: `python -m benchmarks.build_speed [--frames FILE]`, a table on standard output.
 
+The bars of the other models are for four frames: `--model second --calibration-frames 4`.
+
 Memory is the largest sum of proportional set sizes over the whole tree of processes, read ten times a second.
 """
 
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--frames", default="simulated")
     parser.add_argument("--model", default="centerpoint")
     parser.add_argument("--target", default="0.3")
+    parser.add_argument("--calibration-frames", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     tool = [sys.executable, "-m", "dm3d_deploy"]
@@ -92,10 +95,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         build = [*tool, "build", "--model", options.model, "--target", options.target, "--frames", options.frames]
-        build += ["--out", str(run), "--quiet"]
+        build += ["--calibration-frames", str(options.calibration_frames), "--out", str(run), "--quiet"]
         seconds, peak, code = watched(build)
-        rows.append(("cold build, 8 calibration frames", f"{seconds:.1f} s", "<= 300 s"))
-        rows.append(("its memory, all processes", f"{peak / 2**30:.2f} GiB", "<= 6 GiB"))
+        bars = ("<= 300 s", "<= 6 GiB") if options.model == "centerpoint" else ("<= 360 s", "<= 8 GiB")
+        rows.append((f"cold build, {options.calibration_frames} calibration frames", f"{seconds:.1f} s", bars[0]))
+        rows.append(("its memory, all processes", f"{peak / 2**30:.2f} GiB", bars[1]))
         rows.append(("its exit code", str(code), "0"))
         seconds, _, code = watched(build)
         rows.append(("repeated build", f"{seconds:.2f} s", "<= 5 s"))
