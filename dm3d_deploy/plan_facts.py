@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dm3d_deploy.artifacts import Artifact, read_manifest
-from dm3d_deploy.errors import EngineError
+from dm3d_deploy.artifacts import Artifact, digest_of_file, read_manifest
+from dm3d_deploy.errors import EngineError, StaleArtifact
+from dm3d_deploy.recipe import Recipe, recipe_from_mapping
 from engines.sparse3d.describe import describe
 from engines.sparse3d.plan_file import read_plan
 
@@ -20,23 +22,41 @@ NOT_COMPILED = "not compiled"
 def describe_plan_of_run(root: Path, kind: str = "plan") -> dict[str, Any]:
     """A plan of a run in plain data (`describe`), with its file and digest; `kind` is one of PLANS.
 
-    StaleArtifact for a run that was not built so far or a changed file, EngineError with the reason where the backbone
-    could not be planned.
+    StaleArtifact with the command that makes it for a run without its plan, and for a changed file; EngineError with
+    the reason where the backbone could not be planned.
     """
     manifest = read_manifest(root)
+    how = _command(root, recipe_from_mapping(manifest.recipe))
+    if not any(file.kind == "plan_info" for step in manifest.steps for file in step.outputs):
+        raise StaleArtifact(f"{root} has no plan: its build stopped before the stage 'plan'.", fix=how)
     info = json.loads(manifest.artifact("plan_info").checked(root).read_text(encoding="utf-8"))
     refusal = plan_refusal(info, kind)
     if refusal:
         raise EngineError(f"{root} holds no {PLANS[kind]}. {refusal}", fix="run backbone3d.onnx in ONNX Runtime")
     file = manifest.artifact(kind)
-    plan = read_plan(file.checked(root))
-    return {
-        "what": PLANS[kind],
-        "path": str(root / file.path),
-        "bytes": file.bytes,
-        "sha256": file.digest,
-        **describe(plan),
-    }
+    if not (root / file.path).is_file():
+        raise StaleArtifact(f"{root / file.path} is missing.", fix=how)
+    return _described(file.checked(root), PLANS[kind])
+
+
+def describe_plan_file(path: Path) -> dict[str, Any]:
+    """The same of a plan file alone; StaleArtifact for one that is damaged or newer."""
+    return _described(path, "plan file")
+
+
+def _described(path: Path, what: str) -> dict[str, Any]:
+    told = {"what": what, "path": str(path), "bytes": path.stat().st_size, "sha256": digest_of_file(path)}
+    return {**told, **describe(read_plan(path))}
+
+
+def _command(root: Path, recipe: Recipe) -> str:
+    """What makes a run's plan, and nothing before it."""
+    from dm3d_deploy.steps.report import command_of
+
+    command = command_of(recipe)
+    if command.startswith("build("):
+        return f"{command.removesuffix(')')}, {str(root)!r}, first='plan')"
+    return f"{command} --out {shlex.quote(str(root))} --from plan"
 
 
 def plan_refusal(info: Mapping[str, Any], kind: str) -> str:

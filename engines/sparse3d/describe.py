@@ -29,7 +29,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "layers": _layers(plan),
         "inputs": {item.name: f"{item.dtype}{list(item.shape)}" for item in plan.inputs},
         "outputs": {item.name: f"{item.dtype}{list(item.shape)}" for item in plan.outputs},
-        "status": [word.name for word in plan.status.words] if plan.status else [],
+        "status": [{"word": word.name, "kind": word.kind} for word in plan.status.words] if plan.status else [],
         "features": [name for name, bit in FEATURES.items() if plan.features & bit],
         "images": [
             {

@@ -41,6 +41,7 @@ from engines.sparse3d.plan import (
     Step,
 )
 
+MAKE_ANEW = "restore the file, or build its run again with --from plan"
 MAGIC = b"DM3DPLAN"
 VERSION = 1
 MIN_READER = 1
@@ -343,9 +344,9 @@ def read_plan(path: Path) -> Plan:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise StaleArtifact(f"{path} cannot be read: {error.strerror}.", fix="build the backbone again") from None
+        raise StaleArtifact(f"{path} cannot be read: {error.strerror}.", fix=MAKE_ANEW) from None
     return decode_plan(data, str(path))
 
 
 def _stale(origin: str, what: str) -> NoReturn:
-    raise StaleArtifact(f"{origin} is refused: {what}.", fix="restore the file, or plan the backbone again") from None
+    raise StaleArtifact(f"{origin} is refused: {what}.", fix=MAKE_ANEW) from None

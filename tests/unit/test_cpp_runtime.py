@@ -183,7 +183,10 @@ def test_outputs_and_status_are_written(build: Path, tmp_path: Path) -> None:
     (tmp_path / "frame").mkdir()
     (tmp_path / "frame" / "features.bin").write_bytes(bytes(48))
     done = call(build, "run_plan", tmp_path / "plan", tmp_path / "out", tmp_path / "frame")
-    assert done.stdout.split("\n")[:3] == ["frame flags 1", "  input 0 of 100", "  conv2 61 of 60"]
+    assert done.stdout.splitlines() == [
+        "frame flags=1", "  count input=0 capacity=100", "  count conv2=61 capacity=60", "  dropped outside the grid=0",
+        "  cutoff_m range=0",
+    ]  # fmt: skip
     bev = np.fromfile(tmp_path / "out" / "frame" / "bev.bin", np.int32)
     assert bev.tolist() == [0, 7, 7] + [0] * 9
 
@@ -283,6 +286,7 @@ def test_the_tensorrt_plugin_does_what_is_asked_of_it(build: Path, tmp_path: Pat
         (lambda data: data[:-1], 12, "it should have"),
         (lambda data: data[:300] + bytes([data[300] ^ 4]) + data[301:], 12, "do not have the digest"),
         (lambda data: data[:12] + b"\x09" + data[13:], 13, "needs a reader of version 9; this one reads 1"),
+        (lambda data: b"", 12, "its 0 bytes do not begin like a launch plan"),
         (lambda data: data[:4], 12, "its 4 bytes do not begin like a launch plan"),
     ],
 )

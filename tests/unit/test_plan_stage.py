@@ -9,10 +9,12 @@ from run_sample import TINY, Noted, tiny_recipe
 from zoo_sample import CONFIGS
 
 from dm3d_deploy import build as builder
+from dm3d_deploy.artifacts import Manifest, write_manifest
 from dm3d_deploy.build import rerun
 from dm3d_deploy.device import DEVICES
 from dm3d_deploy.errors import EngineError, StaleArtifact, UsageError
 from dm3d_deploy.plan_facts import describe_plan_of_run
+from dm3d_deploy.recipe import Recipe
 from dm3d_deploy.stages import FILES, RunContext
 from dm3d_deploy.steps import plan3d
 from dm3d_deploy.steps.plan3d import plan_devices
@@ -258,6 +260,29 @@ def test_plan_inspect_says_what_the_plan_takes(tiny_run, cli):
         assert word in out, word
 
 
+def test_plan_inspect_takes_a_plan_file(run_copy, cli, tmp_path):
+    code, out, _ = cli("plan", "inspect", run_copy / POINTS, "--json")
+    whole = json.loads(cli("plan", "inspect", run_copy, "--points", "--json")[1])
+    assert (code, json.loads(out)) == (0, {**whole, "what": "plan file"})
+    code, _, err = cli("plan", "inspect", run_copy / POINTS, "--points")
+    assert (code, "is one plan; --points chooses of a run's" in err) == (2, True)
+    (tmp_path / "empty.plan").write_bytes(b"")
+    for name in (tmp_path / "empty.plan", run_copy / FILES["bev_head"]):
+        code, _, err = cli("plan", "inspect", name)
+        assert (code, "restore the file, or build its run again with --from plan" in err) == (7, True), err
+
+
+def test_a_run_that_stopped_before_its_plan_names_the_command(tmp_path):
+    recipe = Recipe(model="centerpoint", target=0.5, frames="my drives")
+    write_manifest(tmp_path, Manifest(recipe=recipe.as_json(), tools={}, steps=(), trained=False))
+    with pytest.raises(StaleArtifact) as caught:
+        describe_plan_of_run(tmp_path)
+    assert (
+        "its build stopped before the stage 'plan'. Fix: dm3d-deploy build --model centerpoint --target 0.5 "
+        f"--frames 'my drives' --out {tmp_path} --from plan" in str(caught.value)
+    )
+
+
 def test_plan_inspect_refuses_a_changed_plan_and_a_run_without_one(run_copy, cli):
     plan = run_copy / PLAN
     plan.write_bytes(plan.read_bytes()[:-1] + b"x")
@@ -265,6 +290,9 @@ def test_plan_inspect_refuses_a_changed_plan_and_a_run_without_one(run_copy, cli
     assert code == StaleArtifact.exit_code
     assert "is not the file that was built" in err
     plan.unlink()
-    assert "is missing" in cli("plan", "inspect", run_copy)[2]
+    _, _, err = cli("plan", "inspect", run_copy)
+    assert "is missing" in err
+    assert f"build(Recipe(model={str(TINY)!r}, target=0.5, " in err, "the tiny recipe has fields without an option"
+    assert err.strip().endswith(f"{str(run_copy)!r}, first='plan')")
     code, _, err = cli("plan", "inspect", run_copy / "nowhere")
     assert (code, "it is not a finished run" in err) == (2, True)

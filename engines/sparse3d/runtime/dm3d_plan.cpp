@@ -152,7 +152,7 @@ dm3d_result dm3d_plan_load(const void *bytes, size_t size, dm3d_plan **plan) {
   return guarded([&] {
     need(plan != nullptr, "the place for the plan is null");
     *plan = nullptr;
-    need(bytes != nullptr, "the plan's bytes are null");
+    need(bytes != nullptr || size == 0, "the plan's bytes are null");  // an empty file is a truncated one
     need(size <= dm3d::kMaxBytes, "the plan's size is larger than any plan");
     *plan = new dm3d_plan(bytes, size);
   });

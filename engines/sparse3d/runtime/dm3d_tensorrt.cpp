@@ -3,14 +3,10 @@
 // The ONNX node names its plan by the attribute `plan_file`; the engine carries the plan itself, as the field `plan`.
 #include <NvInfer.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "dm3d_plan.h"
@@ -19,21 +15,22 @@ namespace {
 
 using namespace nvinfer1;
 using Blob = std::shared_ptr<const std::vector<char>>;
-using Plan = std::unique_ptr<dm3d_plan, decltype(&dm3d_plan_destroy)>;
+using Dynamic = DynamicPluginTensorDesc const *;
+using Static = PluginTensorDesc const *;
 
-constexpr char kName[] = "SparseBackbone3d", kVersion[] = "1", kNamespace[] = "dm3d";
-constexpr std::pair<const char *, DataType> kTypes[] = {{"fp32", DataType::kFLOAT}, {"fp16", DataType::kHALF},
-                                                        {"i64", DataType::kINT64},  {"i32", DataType::kINT32},
-                                                        {"i8", DataType::kINT8},    {"u8", DataType::kUINT8}};
+template <class Interface>
+struct Named : Interface {
+  AsciiChar const *getPluginName() const noexcept override { return "SparseBackbone3d"; }
+  AsciiChar const *getPluginVersion() const noexcept override { return "1"; }
+  AsciiChar const *getPluginNamespace() const noexcept override { return "dm3d"; }
+};
 
-DataType type_of(const dm3d_binding &binding) {
-  const auto same = [&](const auto &entry) { return std::strcmp(entry.first, binding.dtype) == 0; };
-  return std::find_if(std::begin(kTypes), std::end(kTypes), same)->second;
+DataType type_of(const dm3d_binding &binding) {  // the planner binds fp32, fp16 and i32
+  const std::string name = binding.dtype;
+  return name == "fp32" ? DataType::kFLOAT : name == "fp16" ? DataType::kHALF : DataType::kINT32;
 }
 
-class SparseBackbone final : public IPluginV3,
-                             public IPluginV3OneCore,
-                             public IPluginV3OneBuild,
+class SparseBackbone final : public IPluginV3, public Named<IPluginV3OneCore>, public IPluginV3OneBuild,
                              public IPluginV3OneRuntime {
  public:
   // Null where the plan is refused.
@@ -49,62 +46,49 @@ class SparseBackbone final : public IPluginV3,
     return static_cast<IPluginV3OneCore *>(this);
   }
   IPluginV3 *clone() noexcept override { return made_of(blob_).release(); }
-  AsciiChar const *getPluginName() const noexcept override { return kName; }
-  AsciiChar const *getPluginVersion() const noexcept override { return kVersion; }
-  AsciiChar const *getPluginNamespace() const noexcept override { return kNamespace; }
 
   int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(bindings_.size()) - inputs_; }
-  int32_t configurePlugin(DynamicPluginTensorDesc const *, int32_t inputs, DynamicPluginTensorDesc const *,
-                          int32_t outputs) noexcept override {
-    return inputs == inputs_ && outputs == getNbOutputs() ? 0 : 1;
+  int32_t configurePlugin(Dynamic, int32_t inputs, Dynamic, int32_t outputs) noexcept override {
+    return inputs != inputs_ || outputs != getNbOutputs();
   }
-  bool supportsFormatCombination(int32_t place, DynamicPluginTensorDesc const *tensors, int32_t,
-                                 int32_t) noexcept override {
-    return tensors[place].desc.format == TensorFormat::kLINEAR && tensors[place].desc.type == type_of(bindings_[place]);
+  bool supportsFormatCombination(int32_t place, Dynamic all, int32_t, int32_t) noexcept override {
+    return all[place].desc.format == TensorFormat::kLINEAR && all[place].desc.type == type_of(bindings_[place]);
   }
-  int32_t getOutputDataTypes(DataType *types, int32_t outputs, DataType const *, int32_t) const noexcept override {
-    for (int32_t i = 0; i < outputs; ++i) types[i] = type_of(bindings_[inputs_ + i]);
+  int32_t getOutputDataTypes(DataType *types, int32_t count, DataType const *, int32_t) const noexcept override {
+    for (int32_t i = 0; i < count; ++i) types[i] = type_of(bindings_[inputs_ + i]);
     return 0;
   }
-  int32_t getOutputShapes(DimsExprs const *, int32_t, DimsExprs const *, int32_t, DimsExprs *shapes, int32_t outputs,
+  int32_t getOutputShapes(DimsExprs const *, int32_t, DimsExprs const *, int32_t, DimsExprs *shapes, int32_t count,
                           IExprBuilder &builder) noexcept override {
-    for (int32_t i = 0; i < outputs; ++i) {
+    for (int32_t i = 0; i < count; ++i) {
       const dm3d_binding &binding = bindings_[inputs_ + i];
       shapes[i].nbDims = static_cast<int32_t>(binding.rank);
-      for (int32_t axis = 0; axis < shapes[i].nbDims; ++axis)
+      for (uint32_t axis = 0; axis < binding.rank; ++axis)
         shapes[i].d[axis] = builder.constant(static_cast<int64_t>(binding.shape[axis]));
     }
     return 0;
   }
-  size_t getWorkspaceSize(DynamicPluginTensorDesc const *, int32_t, DynamicPluginTensorDesc const *,
-                          int32_t) const noexcept override {
+  size_t getWorkspaceSize(Dynamic, int32_t, Dynamic, int32_t) const noexcept override {
     return dm3d_plan_workspace_bytes(plan_.get());
   }
 
-  int32_t onShapeChange(PluginTensorDesc const *, int32_t, PluginTensorDesc const *, int32_t) noexcept override {
-    return 0;
-  }
+  int32_t onShapeChange(Static, int32_t, Static, int32_t) noexcept override { return 0; }
   IPluginV3 *attachToContext(IPluginResourceContext *) noexcept override {
-    std::unique_ptr<SparseBackbone> attached = made_of(blob_);
-    if (!attached || dm3d_plan_prepare(attached->plan_.get()) != DM3D_OK) return nullptr;
-    return attached.release();
+    auto attached = made_of(blob_);
+    return attached && dm3d_plan_prepare(attached->plan_.get()) == DM3D_OK ? attached.release() : nullptr;
   }
-  int32_t enqueue(PluginTensorDesc const *, PluginTensorDesc const *, void const *const *inputs, void *const *outputs,
-                  void *workspace, cudaStream_t stream) noexcept override {
+  int32_t enqueue(Static, Static, void const *const *inputs, void *const *outputs, void *workspace,
+                  cudaStream_t stream) noexcept override {
     for (int32_t i = 0; i < inputs_; ++i) addresses_[i] = const_cast<void *>(inputs[i]);
     for (int32_t i = 0; i < getNbOutputs(); ++i) addresses_[inputs_ + i] = outputs[i];
     return dm3d_plan_enqueue(plan_.get(), stream, addresses_.data(), static_cast<uint32_t>(addresses_.size()),
                              workspace, dm3d_plan_workspace_bytes(plan_.get()));
   }
-  PluginFieldCollection const *getFieldsToSerialize() noexcept override {
-    field_ = PluginField("plan", blob_->data(), PluginFieldType::kINT8, static_cast<int32_t>(blob_->size()));
-    fields_ = {1, &field_};
-    return &fields_;
-  }
+  PluginFieldCollection const *getFieldsToSerialize() noexcept override { return &fields_; }
 
  private:
-  SparseBackbone(Blob blob, dm3d_plan *plan)
-      : blob_(std::move(blob)),
+  SparseBackbone(const Blob &blob, dm3d_plan *plan)
+      : blob_(blob),
         plan_(plan, &dm3d_plan_destroy),
         bindings_(dm3d_plan_binding_count(plan)),
         addresses_(bindings_.size()) {
@@ -114,39 +98,33 @@ class SparseBackbone final : public IPluginV3,
     }
   }
 
-  Blob blob_;
-  Plan plan_;
+  const Blob blob_;
+  const std::unique_ptr<dm3d_plan, decltype(&dm3d_plan_destroy)> plan_;
   std::vector<dm3d_binding> bindings_;
   std::vector<void *> addresses_;
   int32_t inputs_ = 0;
-  PluginField field_;
-  PluginFieldCollection fields_{};
+  const PluginField field_{"plan", blob_->data(), PluginFieldType::kINT8, static_cast<int32_t>(blob_->size())};
+  const PluginFieldCollection fields_{1, &field_};
 };
 
-class Creator final : public IPluginCreatorV3One {
- public:
+struct Creator final : Named<IPluginCreatorV3One> {
   IPluginV3 *createPlugin(AsciiChar const *, PluginFieldCollection const *given, TensorRTPhase) noexcept override {
     Blob blob;
-    for (int32_t i = 0; i < given->nbFields; ++i) {
-      const PluginField &field = given->fields[i];
-      const auto *data = static_cast<const char *>(field.data);
-      if (std::strcmp(field.name, "plan") == 0) {
-        blob = std::make_shared<const std::vector<char>>(data, data + field.length);
-      } else if (std::strcmp(field.name, "plan_file") == 0) {
-        const auto length = static_cast<size_t>(field.length);
-        std::ifstream file(std::string(data, strnlen(data, length)), std::ios::binary);
-        const std::istreambuf_iterator<char> begin(file), end;
-        blob = std::make_shared<const std::vector<char>>(begin, end);
+    for (const PluginField *field = given->fields; field != given->fields + given->nbFields; ++field) {
+      const std::string name = field->name;
+      const auto *data = static_cast<const char *>(field->data);
+      if (name == "plan") blob = std::make_shared<const std::vector<char>>(data, data + field->length);
+      if (name == "plan_file") {
+        const std::string path(data, static_cast<size_t>(field->length));
+        std::ifstream file(path.c_str(), std::ios::binary);  // a field's text may end in zeros
+        blob = std::make_shared<const std::vector<char>>(std::istreambuf_iterator<char>(file),
+                                                         std::istreambuf_iterator<char>());
       }
     }
     return SparseBackbone::made_of(blob).release();
   }
   PluginFieldCollection const *getFieldNames() noexcept override { return &fields_; }
-  AsciiChar const *getPluginName() const noexcept override { return kName; }
-  AsciiChar const *getPluginVersion() const noexcept override { return kVersion; }
-  AsciiChar const *getPluginNamespace() const noexcept override { return kNamespace; }
 
- private:
   const PluginField known_[2] = {{"plan", nullptr, PluginFieldType::kINT8, 0},
                                  {"plan_file", nullptr, PluginFieldType::kCHAR, 0}};
   const PluginFieldCollection fields_{2, known_};

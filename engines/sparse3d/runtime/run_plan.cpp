@@ -3,7 +3,8 @@
 //     dm3d_run_plan PLAN OUT FRAME...
 //
 // FRAME is a folder with one raw file per input, <name>.bin, of exactly the bytes that the plan says. Each output lands
-// in OUT/<frame>/<name>.bin. Without frames the plan is described, which needs no GPU.
+// in OUT/<frame>/<name>.bin, and each status word in a line of standard output: `count conv2=61 capacity=60`, `dropped
+// outside the grid=3`, `cutoff_m cut-off=47.5`. Without frames the plan is described, which needs no GPU.
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -99,15 +100,16 @@ class Run {
   }
 
   static void print(const fs::path &folder, const dm3d_status &status) {
-    std::printf("%s flags %u\n", folder.filename().c_str(), status.flags);
+    std::printf("%s flags=%u\n", folder.filename().c_str(), status.flags);
     for (std::uint32_t i = 0; i < status.word_count; ++i) {
       const dm3d_status_word &word = status.words[i];
       if (word.kind == DM3D_CUTOFF_M)
-        std::printf("  %s %g m\n", word.name, static_cast<double>(word.metres));
+        std::printf("  cutoff_m %s=%g\n", word.name, static_cast<double>(word.metres));
       else if (word.kind == DM3D_DROPPED)
-        std::printf("  %s %d\n", word.name, word.count);
+        std::printf("  dropped %s=%d\n", word.name, word.count);
       else
-        std::printf("  %s %d of %llu\n", word.name, word.count, static_cast<unsigned long long>(word.capacity));
+        std::printf("  count %s=%d capacity=%llu\n", word.name, word.count,
+                    static_cast<unsigned long long>(word.capacity));
     }
   }
 

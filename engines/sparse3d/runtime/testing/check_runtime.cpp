@@ -57,6 +57,7 @@ void check_loading(const std::vector<char> &bytes) {
   expect(dm3d_plan_load(bytes.data(), std::numeric_limits<std::size_t>::max() / 2 + 1, &plan), DM3D_BAD_ARGUMENT,
          "larger than any plan", "a size beyond memory");
   expect(dm3d_plan_load(bytes.data(), 10, &plan), DM3D_BAD_PLAN, "10 bytes do not begin", "ten bytes");
+  expect(dm3d_plan_load(nullptr, 0, &plan), DM3D_BAD_PLAN, "its 0 bytes do not begin", "an empty file");
   expect(dm3d_plan_load(bytes.data(), bytes.size() - 1, &plan), DM3D_BAD_PLAN, "it should have", "one byte short");
   expect(plan == nullptr, "no plan comes of a refused file");
   std::vector<char> newer = bytes;
