@@ -11,6 +11,7 @@ from torch import nn
 
 from dm3d_deploy.geometry.decode import detections_from_maps
 from dm3d_deploy.models.detector import Detector, sparse_pair_counts
+from dm3d_deploy.models.voxel_pruning import kept_pair_counts
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -30,6 +31,13 @@ def head_maps(
     if settings.get("pairs"):
         maps |= {f"pairs.{name}": pairs for name, pairs in sparse_pair_counts(detector, coords).items()}
     return maps
+
+
+def kept_pairs(
+    detector: Detector, features: torch.Tensor, coords: torch.Tensor, frame: int, settings: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Pairs per tap of the layers that run on some of the voxels, Int64[taps] by name."""
+    return kept_pair_counts(detector, features, coords)
 
 
 def decoded_boxes(

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from calib.frame_outputs import batch_statistics, decoded_boxes, head_maps
+from calib.frame_outputs import batch_statistics, decoded_boxes, head_maps, kept_pairs
 from calib.gradients import sketch_gradients
 from calib.pool import DONE_MARK, ERROR_MARK, IDLE_MARK, FrameJob, result_path
 from calib.reconstruct import reconstructed_weights
@@ -30,6 +30,7 @@ KINDS: Mapping[str, FrameFunction] = {
     "detections": decoded_boxes,
     "statistics": batch_statistics,
     "gradients": sketch_gradients,
+    "kept_pairs": kept_pairs,
     "reconstruction": reconstructed_weights,
 }
 

@@ -22,6 +22,7 @@ from dm3d_deploy.errors import InternalError
 from dm3d_deploy.models.checkpoints import load_checkpoint
 from dm3d_deploy.models.detector import Detector, PrunableLayer, build_detector, prunable_layers
 from dm3d_deploy.models.sparse import SparseConvolution, SparseTensor
+from dm3d_deploy.models.voxel_pruning import choosing_layers
 from dm3d_deploy.pruning.reconstruction import Moments, refit
 
 CHUNK_ROWS = 4096
@@ -40,7 +41,8 @@ def reconstructed_weights(
     features, coords = _batch(Path(settings["frames_file"]), settings["frames"])
     with safe_open(settings["masks"], framework="np") as file:
         masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a mapping
-    layers = [layer for layer in prunable_layers(detector) if layer.name in masks]
+    own = choosing_layers(detector)  # the dense detector's rows are other voxels
+    layers = [layer for layer in prunable_layers(detector) if layer.name in masks and layer.name not in own]
     samples = _Samples(rows_per_input=int(settings["rows_per_input"]), seed=int(settings["seed"]))
     changed: dict[str, np.ndarray] = {}
 

@@ -54,7 +54,7 @@ def executed_in(root: Path) -> tuple[Executed, ...]:
         rows.append(
             Executed(
                 layer=layer.name,
-                dense_macs=layer.macs,
+                dense_macs=layer.dense_macs,
                 found_macs=float(macs_of_counts(layer, counts)),
                 claimed_macs=claim["executed_macs"],
                 how=how,

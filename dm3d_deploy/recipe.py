@@ -51,6 +51,8 @@ class Recipe:
     patterns: str = "auto"
     device: str = "auto"
     precision: str = "fp16"
+    voxel_keep: float = 1.0
+    voxel_stages: str = "2,3"
     capacity_margin: float = 1.25
     capacities: str = ""
     recover: str = "reconstruct"
@@ -97,6 +99,11 @@ class Recipe:
                 fix="give a number from 1 on",
             )
         rooms_from_text(self.capacities)
+        if not 0.001 <= self.voxel_keep <= 1 or (self.voxel_keep < 1 and self.cost == "latency"):
+            raise UsageError(
+                f"--voxel-keep {self.voxel_keep:g} is no share of voxels that --cost {self.cost} can count.",
+                fix="give 0.001 to 1, and a target in MACs: no profile holds times of fewer voxels",
+            )
         self._check_goal()
         self._check_method()
 

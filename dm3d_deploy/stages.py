@@ -98,7 +98,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="load", says="read the detector", run="dm3d_deploy.steps.inputs:load",
         writes=("model_config", "dense_weights", "model_info"), optional=("start_weights",),
-        recipe=("model", "checkpoint", "start", "seed"), outside=("model", "checkpoint", "start"),
+        recipe=("model", "checkpoint", "start", "voxel_keep", "voxel_stages", "seed"),
+        outside=("model", "checkpoint", "start"),
     ),
     Stage(
         name="frames", says="gather point clouds", run="dm3d_deploy.steps.inputs:frames",

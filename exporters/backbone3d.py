@@ -12,7 +12,7 @@ conv_out. A runtime that knows the node (the TensorRT plugin) replaces the body;
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from dm3d_deploy.errors import ExportError
 from exporters import sparse_functions as fn
 from exporters.graph_files import write_graph
 from exporters.sparse_functions import Triple
+from exporters.voxel_choice import choose_function, put_back_function
 from exporters.voxelnext import merged_cells_function, merged_features_function, stage_ends, with_ones_function
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ FIX = "export a VoxelResBackBone8x"
 class SparseLayer:
     """One sparse convolution, its bias, then ReLU. Layers of one `key` share sites and rulebook.
 
-    `adds`: the name of the earlier layer whose result is added before the ReLU, or nothing.
+    `adds`: the name of the earlier layer whose result is added before the ReLU, or nothing. `permille`: the thousandths
+    of the stage's voxels that it runs on; where that changes, voxels are chosen (`dm3d_deploy.models.voxel_pruning`).
     """
 
     name: str
@@ -52,6 +54,7 @@ class SparseLayer:
     submanifold: bool
     key: str
     adds: str = ""
+    permille: int = 1000
 
     def __post_init__(self) -> None:
         reach = [pad > fn.HALO for pad in self.padding]
@@ -92,19 +95,22 @@ class _Assembly:
         for layer in layers:
             self.taps.setdefault(layer.key, set()).update(layer.paired_taps)
         self.booked: set[str] = set()
+        self.passed_by: tuple[str, str] | None = None
+        self.kept: dict[str, str] = {}
         self.stage = ""
 
     def _define(self, function: onnx.FunctionProto) -> str:
         self.functions[function.name] = function
         return str(function.name)
 
-    def _index(self, stage: str, cells: str) -> None:
-        """Make the sites of `cells` the current stage."""
+    def _index(self, stage: str, cells: str, *, counted: bool = True) -> None:
+        """Make the sites of `cells` the current stage; where they are `counted` their number is told."""
         body, index = self.body, "x".join(map(str, self.grid))
         function = self._define(fn.index_function(f"CellIndex_{index}", self.grid))
         outputs = [f"{stage}.{part}" for part in ("sites", "order", "plane", "table")]
         body.call(function, [cells], outputs, f"{stage}.index", grid=self.grid)
-        self.counts.append(body.op("Shape", outputs[0], start=1, end=2))
+        if counted:
+            self.counts.append(body.op("Shape", outputs[0], start=1, end=2))
         self.stage = stage
 
     def enter(self) -> str:
@@ -149,6 +155,26 @@ class _Assembly:
         self._index(layer.key, cells)
         self._rulebook(layer, source, grid)
 
+    def choose(self, layer: SparseLayer, features: str) -> str:
+        """Leave voxels out from here on, until `put_back`; returns the features of the others."""
+        self.passed_by = self.stage, features
+        stage = layer.key
+        function = self._define(choose_function(layer.permille))
+        outputs = [f"{stage}.features", f"{stage}.cells", f"{stage}.rows"]
+        self.body.call(function, [features, f"{self.stage}.sites"], outputs, f"{stage}.choice")
+        self._index(stage, outputs[1], counted=False)
+        self.kept[features] = outputs[0]
+        return outputs[0]
+
+    def put_back(self, features: str) -> str:
+        """Make the whole stage current again, the kept voxels with `features`; returns all of them."""
+        if self.passed_by is None:
+            return features
+        (whole, before), made = self.passed_by, f"{self.stage}.all"
+        self.body.call(self._define(put_back_function()), [before, f"{self.stage}.rows", features], [made], made)
+        self.stage, self.passed_by = whole, None
+        return made
+
     def convolve(self, layer: SparseLayer, features: str) -> str:
         """Emit one layer; returns the name of its result."""
         body = self.body
@@ -167,7 +193,7 @@ class _Assembly:
         inputs = [features, f"{self.stage}.sites", weight, bias, *pairs]
         body.call(function, inputs, [total], layer.name, kernel=layer.kernel, taps=taps)
         if layer.adds:
-            total = body.op("Add", total, layer.adds)
+            total = body.op("Add", total, self.kept.get(layer.adds, layer.adds))
         return body.op("Relu", total, output=layer.name)
 
     def merge(self, ends: Sequence[tuple[str, str, Triple]]) -> str:
@@ -205,8 +231,12 @@ def backbone_model(
     assembly = _Assembly(layers, grid_zyx)
     features = assembly.enter()
     last, ends = stage_ends([layer.name for layer in layers]), []
-    for layer in layers:
+    for layer, behind in zip(layers, [*layers[1:], None], strict=True):
+        if layer.permille < 1000 and assembly.passed_by is None:
+            features = assembly.choose(layer, features)
         features = assembly.convolve(layer, features)
+        if behind is None or behind.key != layer.key:
+            features = assembly.put_back(features)
         if layer.name in last:
             ends.append((features, assembly.stage, assembly.grid))
             features = assembly.merge(ends) if len(ends) == len(last) else features
@@ -293,11 +323,18 @@ def _layers_of(name: str, module: nn.Module, source: str) -> Iterator[SparseLaye
 def sparse_layers(detector: Detector) -> tuple[SparseLayer, ...]:
     """The 3D backbone as plain layers in forward order, batch norms folded, named as the torch modules are."""
     from dm3d_deploy.models.fold import fold_batch_norms
+    from dm3d_deploy.models.voxel_pruning import permille_of
 
     layers: list[SparseLayer] = []
     for name, module in fold_batch_norms(detector).backbone_3d.named_children():
         layers += _layers_of(name, module, layers[-1].name if layers else "")
-    return tuple(layers)
+    shares = permille_of(detector)
+    return tuple(
+        replace(layer, permille=shares[stage], key=f"{layer.key}_kept")
+        if layer.submanifold and (stage := layer.name.split(".")[0]) in shares
+        else layer
+        for layer in layers
+    )
 
 
 def export_backbone3d(detector: Detector, path: Path, *, max_voxels: int, plan_file: str = "") -> Graph:

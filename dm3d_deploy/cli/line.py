@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 Cost = Annotated[str | None, typer.Option(help="macs, executed or latency [default: latency for a time, else macs].")]
 Profile = Annotated[str | None, typer.Option(help="Of --cost latency: a profile.json, or a device to estimate for.")]
+VoxelKeep = Annotated[
+    float,
+    typer.Option(help="Share of voxels that the blocks of --voxel-stages run on; ONNX Runtime only, no 3D plan."),
+]
 RecoverData = Annotated[
     str, typer.Option(help="Of distill and finetune: a folder, labelled for finetune, or 'simulated'.")
 ]
@@ -56,6 +60,8 @@ def build(
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
     scope: Annotated[str, typer.Option(help="What the budget counts: backbone, backbone3d or model.")] = "backbone",
     patterns: Annotated[str, typer.Option(help="auto (what the hardware can use), unstructured or channels.")] = "auto",
+    voxel_keep: VoxelKeep = 1.0,
+    voxel_stages: Annotated[str, typer.Option(help="Of --voxel-keep: stages of the sparse backbone.")] = "2,3",
     device: Annotated[str, typer.Option(help="Target devices by name, comma-separated; see `devices`.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp16 or fp32, of the BEV and head graph.")] = "fp16",
     capacity_margin: Margin = 1.25,
@@ -77,12 +83,11 @@ def build(
     goal: dict[str, Any] = {} if target is None else goal_from_text(target)
     recipe = Recipe(
         model=model, **goal, max_distortion=max_distortion, profile=profile, method=method, recover=recover,
-        sketches=0 if method == "paper-eq13" else 2, recover_steps=recover_steps,
-        recover_data=recover_data,
+        sketches=0 if method == "paper-eq13" else 2, recover_steps=recover_steps, recover_data=recover_data,
         cost=cost or ("latency" if "target_ms" in goal else "macs"),
-        checkpoint=str(checkpoint) if checkpoint else None, frames=frames, scope=scope,
-        patterns=patterns, device=device, precision=precision, calibration_frames=calibration_frames,
-        score_frames=score_frames, seed=seed, capacity_margin=capacity_margin, capacities=capacities or "",
+        checkpoint=str(checkpoint) if checkpoint else None, frames=frames, scope=scope, capacities=capacities or "",
+        voxel_keep=voxel_keep, voxel_stages=voxel_stages, patterns=patterns, device=device, precision=precision,
+        calibration_frames=calibration_frames, score_frames=score_frames, seed=seed, capacity_margin=capacity_margin,
     )  # fmt: skip
     root = out if out is not None else builder.default_out(recipe)
     if dry_run:

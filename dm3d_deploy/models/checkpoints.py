@@ -21,6 +21,7 @@ from dm3d_deploy.artifacts import digest_of_bytes, write_bytes
 from dm3d_deploy.errors import CheckpointError
 from dm3d_deploy.models.detector import Detector, prunable_layers
 from dm3d_deploy.models.naming import made_of
+from dm3d_deploy.models.voxel_pruning import expected_tensors, follow_weights
 
 NAMED = 5
 SAFETENSORS = ".safetensors"
@@ -79,7 +80,7 @@ def load_tensors(detector: Detector, found: Mapping[str, Tensor], source: str) -
 
     CheckpointError for what does not fit exactly, and then the detector stays as it was.
     """
-    expected = detector.state_dict()
+    expected = expected_tensors(detector, found)
     sparse = {f"{layer.name}.weight" for layer in prunable_layers(detector) if layer.kind == "sparse"}
     layout = _spconv_layout(source, found, expected, sparse)
     if layout == "1.x":
@@ -90,7 +91,8 @@ def load_tensors(detector: Detector, found: Mapping[str, Tensor], source: str) -
     _check_fit(source, detector.config.name, found, expected)
     values = {name: tensor.to(expected[name].dtype) for name, tensor in found.items()}
     _check_values(source, values)
-    detector.load_state_dict(values)
+    follow_weights(detector, values)
+    detector.load_state_dict(values, strict=False)  # the fit was checked; shares of voxels that are all are not there
     return layout, sum(tensor.dtype != expected[name].dtype for name, tensor in found.items())
 
 

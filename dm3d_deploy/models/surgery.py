@@ -14,6 +14,7 @@ from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.errors import CheckpointError
 from dm3d_deploy.models.backbone3d import SparseBasicBlock
 from dm3d_deploy.models.detector import Detector, build_detector, prunable_layers
+from dm3d_deploy.models.voxel_pruning import follow_weights
 
 Sides = tuple[Bool[np.ndarray, " inputs"], Bool[np.ndarray, " outputs"]]
 
@@ -60,6 +61,7 @@ def detector_of_weights(config: DetectorConfig, state: Mapping[str, Tensor]) -> 
         _resize(layer.module, weight, output_dim, input_dim)
         if layer.norm is not None:
             _resize_norm(layer.norm, weight.shape[output_dim])
+    follow_weights(detector, state)
     try:
         detector.load_state_dict(dict(state))
     except RuntimeError as error:

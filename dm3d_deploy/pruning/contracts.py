@@ -41,6 +41,7 @@ class Layer:
     shape: tuple[int, ...]
     positions: Float64[np.ndarray, " taps"]
     final: bool = False
+    spared_macs: float = 0.0
 
     def __post_init__(self) -> None:
         if self.part not in get_args(Part) or self.kind not in get_args(Kind):
@@ -82,8 +83,13 @@ class Layer:
 
     @property
     def macs(self) -> float:
-        """Dense multiply-accumulates per frame."""
+        """Multiply-accumulates per frame with all weights."""
         return float((self.positions * (self.inputs * self.outputs)).sum())
+
+    @property
+    def dense_macs(self) -> float:
+        """The same with all voxels, too: `spared_macs` more."""
+        return self.macs + self.spared_macs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,7 +163,7 @@ def prices_of(recipe: Recipe, offer: Offer, profile: Profile | None) -> Prices:
             for layer, items in pairs
         ]
         fixed = math.fsum(layer.macs for layer in offer.dense)
-        denominator = math.fsum(layer.macs for layer in (*offer.dense, *offer.layers))
+        denominator = math.fsum(layer.dense_macs for layer in (*offer.dense, *offer.layers))
     each = {
         (item.layer, item.pattern, item.step): float(cost)
         for group, found in zip(offer.items, costs, strict=True)

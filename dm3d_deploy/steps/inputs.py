@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import save
@@ -12,12 +13,16 @@ from calib.calibration_set import FramePlan, FrameRef, load_frame
 from calib.readers import describe
 from dm3d_deploy.artifacts import write_bytes, write_json
 from dm3d_deploy.config import load_config
-from dm3d_deploy.errors import FrameError, require
+from dm3d_deploy.errors import FrameError, UsageError, require
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.models.bundled import TRAINED_ON, bundled_weights
 from dm3d_deploy.outside import frame_plan
 from dm3d_deploy.pointcloud import PointCloud, Voxels
+from dm3d_deploy.recipe import Recipe
 from dm3d_deploy.stages import RunContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def load(run: RunContext) -> None:
@@ -26,6 +31,7 @@ def load(run: RunContext) -> None:
     from dm3d_deploy.models.checkpoints import load_checkpoint, save_weights
     from dm3d_deploy.models.detector import build_detector
     from dm3d_deploy.models.seeded import seed_weights
+    from dm3d_deploy.models.voxel_pruning import prune_voxels, stage_names
 
     config = load_config(run.recipe.model)
     detector = build_detector(config)
@@ -46,6 +52,9 @@ def load(run: RunContext) -> None:
     save_weights(detector, run.path("dense_weights"))
     if run.recipe.start is not None:
         load_checkpoint(detector, Path(run.recipe.start))
+    if run.recipe.voxel_keep < 1:
+        prune_voxels(detector, _permille(run.recipe, stage_names(detector)))
+    if run.recipe.start is not None or run.recipe.voxel_keep < 1:
         save_weights(detector, run.path("start_weights"))
     write_json(
         run.path("model_info"),
@@ -57,6 +66,20 @@ def load(run: RunContext) -> None:
             "parameters": sum(p.numel() for p in detector.parameters()),
         },
     )
+
+
+def _permille(recipe: Recipe, stages: tuple[str, ...]) -> Tensor:
+    """Thousandths of the voxels that each stage keeps."""
+    import torch
+
+    chosen = [f"conv{word.strip()}" for word in recipe.voxel_stages.split(",")]
+    for name in chosen:
+        if name not in stages:
+            raise UsageError(
+                f"--voxel-stages names {name.removeprefix('conv')}, and the backbone has {len(stages)} stages.",
+                fix="for example --voxel-stages 2,3",
+            )
+    return torch.tensor([round(1000 * recipe.voxel_keep) if name in chosen else 1000 for name in stages])
 
 
 def shown_frame(plan: FramePlan) -> int:

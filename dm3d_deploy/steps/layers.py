@@ -53,6 +53,7 @@ def layers_as_json(layers: Sequence[Layer]) -> list[dict[str, Any]]:
             "shape": list(layer.shape),
             "positions": layer.positions.tolist(),
             "final": layer.final,
+            "spared_macs": layer.spared_macs,
         }
         for layer in layers
     ]
@@ -65,6 +66,7 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
         Layer(
             name=row["name"], part=row["part"], kind=row["kind"], shape=tuple(row["shape"]),
             positions=np.asarray(row["positions"], dtype=np.float64), final=row["final"],
+            spared_macs=row["spared_macs"],
         )
         for row in rows
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from dm3d_deploy.steps.layers import (
 )
 
 CHANNEL_MULTIPLE = 8  # what a GPU's fp16 tiles and ONNX Runtime's blocked layout pay for at once
+SHARES_OF_VOXELS = "backbone_3d.voxel_permille"
 ALL_PATTERNS: tuple[Pattern, ...] = ("unstructured", "2:4", "tile")
 
 
@@ -54,6 +56,7 @@ def gradients(run: RunContext) -> None:
     layers = layers_of(build_detector(load_config(run.path("model_config"))), pairs)
     for file in files:
         file.unlink()
+    layers = _with_voxels_passed_by(run, layers)
     settings = {
         "layers": _sketched(layers, run.recipe.scope),
         "scale": scale.as_json(),
@@ -66,6 +69,22 @@ def gradients(run: RunContext) -> None:
     run.pool.run(job, advanced=lambda done, _: run.watch.advanced(len(frames) + 2 * done, total))
     write_json(run.path("output_scale"), scale.as_json())
     write_json(run.path("layers"), layers_as_json(layers))
+
+
+def _with_voxels_passed_by(run: RunContext, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The layers with the pairs of the voxels that the weights to prune keep; the same ones where they keep all."""
+    with safe_open(run.start, framework="np") as weights:
+        if SHARES_OF_VOXELS not in weights.keys():  # noqa: SIM118 - a file, not a mapping
+            return layers
+    frames = frames_of(run, "calibration")
+    job = frame_job(run, "kept_pairs", frames, weights=run.start, folder=".pairs", settings={})
+    files = run.pool.run(job, advanced=lambda done, _: None)
+    found = [load_file(file) for file in files]
+    for file in files:
+        file.unlink()
+    kept = {name: np.stack([frame[name] for frame in found]).mean(axis=0, dtype=np.float64) for name in found[0]}
+    narrowed = ((layer, replace(layer, positions=kept.get(layer.name, layer.positions))) for layer in layers)
+    return tuple(replace(less, spared_macs=layer.macs - less.macs) for layer, less in narrowed)
 
 
 def _sketched(layers: tuple[Layer, ...], scope: str) -> list[str]:
@@ -158,7 +177,7 @@ def mask(run: RunContext) -> None:
                 "layer": layer.name,
                 "pattern": pattern,
                 "kept_weights": int(np.count_nonzero(keep)),
-                "dense_macs": layer.macs,
+                "dense_macs": layer.dense_macs,
                 "kept_macs": kept_macs(layer, keep),
                 "executed_macs": 0.0 if gone else executed_macs(left, kept, pattern),
                 "legal_2_4": is_2_4(taps_from_native(left, kept)) if _may_be_2_4(left) else None,

@@ -130,8 +130,8 @@ class _Reader:
         kind = node.op_type
         if node.domain == DOMAIN and kind.startswith("ChooseVoxels"):
             raise EngineError(
-                f"{self.path} cannot be planned: it chooses voxels by their features, and a plan knows its cells before "
-                "it computes one.",
+                f"{self.path} cannot be planned: it chooses voxels by their features, and a plan knows its cells "
+                "before it computes one.",
                 fix="run backbone3d.onnx in ONNX Runtime, or build with --voxel-keep 1",
             )
         if kind == "Constant":
