@@ -42,20 +42,22 @@ def detected(
     return found, labels
 
 
-def lowest_score(found: list[Detections], labels: list[FrameLabels], most_false: float) -> OperatingPoint:
+def lowest_score(
+    found: list[Detections], labels: list[FrameLabels], most_false: float, class_name: str = "car"
+) -> OperatingPoint:
     """The operating point with the lowest score, in steps of 0.01, that shows no more than `most_false` a frame."""
     for threshold in np.arange(0.05, 1.0, 0.01):
-        point = operating_point(found, labels, class_name="car", threshold=float(threshold), within_m=WITHIN_M)
+        point = operating_point(found, labels, class_name=class_name, threshold=float(threshold), within_m=WITHIN_M)
         if point.false_positives_per_frame <= most_false:
             return point
-    raise SystemExit(f"no score leaves {most_false} false cars a frame or fewer")
+    raise SystemExit(f"no score leaves {most_false} false {class_name}s a frame or fewer")
 
 
-def told(where: str, point: OperatingPoint) -> str:
+def told(where: str, point: OperatingPoint, class_name: str = "car") -> str:
     """One operating point in words."""
     low, high = point.recall_interval
     return (
-        f"{where}: {point.hits} of {point.objects} cars ({point.recall:.2f}, 95 % {low:.2f} to {high:.2f}), "
+        f"{where}: {point.hits} of {point.objects} {class_name}s ({point.recall:.2f}, 95 % {low:.2f} to {high:.2f}), "
         f"{point.false_positives_per_frame:.2f} false a frame, {point.frames} frames"
     )
 
