@@ -18,7 +18,9 @@ from dm3d_deploy.steps.layers import PARTS_OF_SCOPE
 from dm3d_deploy.sweep import HELD_OUT_NAME
 
 JSON_NAME, TEXT_NAME, PAGE_NAME = "comparison.json", "comparison.txt", "comparison.html"
-COLUMNS = ("run", "method", "target", "kept", "of model", "predicted", "pruned", "recovered", "x best other", "AP")
+COLUMNS = (
+    "run", "method", "recover", "target", "kept", "of model", "predicted", "pruned", "recovered", "x best other", "AP",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +195,7 @@ def _cells(row: ComparedRun) -> tuple[str, ...]:
         return "-" if value is None else format(value, digits)
 
     return (
-        Path(row.run).name, row.method, number(row.target, "g"), f"{row.kept_of_backbone:.4f}",
+        Path(row.run).name, row.method, row.recover, number(row.target, "g"), f"{row.kept_of_backbone:.4f}",
         f"{row.kept_of_model:.4f}", f"{row.predicted:.4g}", f"{row.pruned:.4g}", number(row.recovered, ".4g"),
         number(row.to_best_other, ".2f"), number(row.ap, ".2f"),
     )  # fmt: skip

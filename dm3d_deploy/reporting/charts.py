@@ -34,6 +34,7 @@ INK = {
     "surface": "#010109",
 }
 ROW_PX = 20.0
+MOST_SHARES = 5  # as many labels as stand side by side
 TOP_PX = 26.0
 BOTTOM_PX = 28.0
 EXECUTED_OPACITY = 0.38
@@ -264,7 +265,9 @@ def pareto_chart(
 
     def paint(figure: Figure) -> None:
         width, height = figure.get_size_inches() * 72
-        axes = figure.add_axes((56 / width, 34 / height, (width - 160) / width, (height - 34 - TOP_PX) / height))
+        aside = 62 + 7 * max((len(method) for method in lines), default=0)  # the legend's marks and words
+        box = (56 / width, 34 / height, (width - 56 - aside) / width, (height - 34 - TOP_PX) / height)
+        axes = figure.add_axes(box)
         axes.set_facecolor("none")
         for side in axes.spines.values():
             side.set_visible(False)
@@ -285,9 +288,13 @@ def pareto_chart(
             axes.plot(x, y, **style)
             at = 1 - 0.09 * (row + 0.5)
             axes.plot([1.06], [at], transform=axes.transAxes, clip_on=False, **style)
-            axes.text(1.1, at, method[:14], transform=axes.transAxes, va="center", color=INK["ink"], fontsize=TEXT_PX)
+            axes.text(1.1, at, method, transform=axes.transAxes, va="center", color=INK["ink"], fontsize=TEXT_PX)
         axes.yaxis.set_major_formatter(lambda value, _: significant(value, 2))
-        axes.xaxis.set_major_locator(_few_ticks())
+        kept = sorted({round(x, 2) for points in lines.values() for x, _ in points})
+        if len(kept) <= MOST_SHARES:
+            axes.set_xticks(kept)
+        else:
+            axes.xaxis.set_major_locator(_few_ticks())
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         axes.set_xlabel("MACs kept, backbones", color=INK["muted"], fontsize=TEXT_PX)
         _title(axes, title)

@@ -44,10 +44,15 @@ def _charts(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def _lines(comparison: Mapping[str, Any], column: str) -> dict[str, list[tuple[float, float]]]:
+    """A line a method, and a recovery where a method has several."""
+    ways: dict[str, set[str]] = {}
+    for row in comparison["runs"]:
+        ways.setdefault(row["method"], set()).add(row["recover"])
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in comparison["runs"]:
         if row[column] is not None:
-            lines.setdefault(row["method"], []).append((row["kept_of_backbone"], row[column]))
+            name = row["method"] if len(ways[row["method"]]) == 1 else f"{row['method']} {row['recover']}"
+            lines.setdefault(name, []).append((row["kept_of_backbone"], row[column]))
     return lines
 
 

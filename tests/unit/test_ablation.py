@@ -14,6 +14,7 @@ from dm3d_deploy.compare import ComparedRun
 from dm3d_deploy.errors import MissingDependency
 from dm3d_deploy.progress import Silent
 from dm3d_deploy.pruning.contracts import Layer
+from dm3d_deploy.reporting import pareto
 from dm3d_deploy.stages import STAGES, RunContext
 from dm3d_deploy.steps.layers import read_layers
 
@@ -103,3 +104,13 @@ def test_masks_to_compare_are_halves_and_legal(run_copy) -> None:
 def test_an_absent_modelopt_is_told_with_what_to_install() -> None:
     with pytest.raises(MissingDependency, match="pip install nvidia-modelopt requests huggingface_hub"):
         two_four.modelopt()
+
+
+def test_runs_of_several_recoveries_are_lines_of_their_own() -> None:
+    rows = [("dm3d", "none"), ("dm3d", "distill"), ("lamp", "none")]
+    runs = [{"method": m, "recover": r, "kept_of_backbone": 0.5, "pruned": 0.1 * i} for i, (m, r) in enumerate(rows, 1)]
+    lines = pareto._lines({"runs": runs}, "pruned")
+    assert list(lines) == ["dm3d none", "dm3d distill", "lamp"]
+    drawn = pareto.pareto_chart(lines, "x", title="t", logarithmic=True)
+    assert "50 %" in drawn
+    assert "45 %" not in drawn  # ticks stand where runs are
