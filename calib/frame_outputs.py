@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dm3d_deploy.geometry.decode import detections_from_maps
 from dm3d_deploy.models.detector import Detector, sparse_pair_counts
+from dm3d_deploy.models.outputs import detections_from_outputs
 from dm3d_deploy.models.voxel_pruning import kept_pair_counts
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -24,10 +24,10 @@ def head_maps(
     With settings["pairs"], also "pairs.LAYER" Int64[taps]; with settings["bev"], also the backbone's map "bev".
     """
     with torch.inference_mode():
-        bev = detector.backbone_to_bev(features, coords)
-        maps = {name: tensor.numpy() for name, tensor in detector.bev_to_heads(bev).items()}
+        found = detector.outputs(features, coords, scenes=settings.get("scenes", ()))
+    maps = {name: tensor.numpy() for name, tensor in found.maps.items()}
     if settings.get("bev"):
-        maps["bev"] = bev.numpy()
+        maps["bev"] = found.bev.numpy()
     if settings.get("pairs"):
         maps |= {f"pairs.{name}": pairs for name, pairs in sparse_pair_counts(detector, coords).items()}
     return maps
@@ -45,8 +45,8 @@ def decoded_boxes(
 ) -> dict[str, np.ndarray]:
     """Detections: "boxes" Float32[D, 9] (centre, size in m, yaw in rad, velocity in m/s), "scores", "labels"."""
     with torch.inference_mode():
-        maps = {name: tensor.numpy() for name, tensor in detector(features, coords).items()}
-    found = detections_from_maps(maps, detector.config)
+        outputs = detector.outputs(features, coords, scenes=settings.get("scenes", ()))
+    found = detections_from_outputs(outputs, detector.config)
     boxes = found.boxes
     table = np.concatenate([boxes.centre, boxes.size, boxes.yaw[:, None], boxes.velocity], axis=1)
     return {"boxes": table, "scores": found.scores, "labels": found.labels}
@@ -68,7 +68,7 @@ def batch_statistics(
             norm.train()
             norm.momentum = 1.0  # the running statistics become this batch's own
         with torch.no_grad():
-            detector(features, coords)
+            detector(features, coords, scenes=settings.get("scenes", ()))
         for name, norm in norms.items():
             if norm.running_mean is None or norm.running_var is None:
                 continue

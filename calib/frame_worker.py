@@ -18,6 +18,7 @@ from calib.frame_outputs import batch_statistics, decoded_boxes, head_maps, kept
 from calib.gradients import sketch_gradients
 from calib.pool import DONE_MARK, ERROR_MARK, IDLE_MARK, FrameJob, result_path
 from calib.reconstruct import reconstructed_weights
+from calib.scenes import proposed_rois, read_scenes
 from dm3d_deploy.artifacts import write_bytes
 from dm3d_deploy.config import config_from_text
 from dm3d_deploy.errors import Dm3dError, UsageError
@@ -32,6 +33,7 @@ KINDS: Mapping[str, FrameFunction] = {
     "gradients": sketch_gradients,
     "kept_pairs": kept_pairs,
     "reconstruction": reconstructed_weights,
+    "proposals": proposed_rois,
 }
 
 
@@ -52,8 +54,13 @@ def work(job: FrameJob, index: int, count: int) -> None:
     for frame in job.frames[index::count]:
         _leave_if_orphaned(parent)
         features, coords = read_voxels(Path(job.frames_file), frame)
+        scenes = read_scenes(detector.config, Path(job.frames_file), [frame], job.settings.get("rois"))
         result = KINDS[job.kind](
-            detector, torch.from_numpy(features), torch.from_numpy(coords.astype(np.int64)), frame, job.settings
+            detector,
+            torch.from_numpy(features),
+            torch.from_numpy(coords.astype(np.int64)),
+            frame,
+            {**job.settings, "scenes": scenes},
         )
         _leave_if_orphaned(parent)  # another build may be writing into this folder by now
         write_bytes(

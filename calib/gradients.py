@@ -58,7 +58,7 @@ def sketch_gradients(
     detector.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
-    maps = detector(features, coords)
+    maps = detector(features, coords, scenes=settings.get("scenes", ()))
     cells = top_cells(arrays_of(maps), scale.box_cells)
     outputs = normalised_outputs(
         maps, cells, scale, lambda_box=settings["lambda_box"], lambda_score=settings["lambda_score"]

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calib.scenes import read_scenes
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.models.checkpoints import load_checkpoint
 from dm3d_deploy.models.detector import Detector, PrunableLayer, build_detector, prunable_layers
@@ -41,13 +42,14 @@ def reconstructed_weights(
     features, coords = _batch(Path(settings["frames_file"]), settings["frames"])
     with safe_open(settings["masks"], framework="np") as file:
         masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a mapping
+    scenes = read_scenes(detector.config, Path(settings["frames_file"]), settings["frames"], settings.get("rois"))
     own = choosing_layers(detector)  # the dense detector's rows are other voxels
     layers = [layer for layer in prunable_layers(detector) if layer.name in masks and layer.name not in own]
     samples = _Samples(rows_per_input=int(settings["rows_per_input"]), seed=int(settings["seed"]))
     changed: dict[str, np.ndarray] = {}
 
     def run(model: Detector) -> None:
-        model(features, coords, batch_size=len(settings["frames"]))
+        model(features, coords, batch_size=len(settings["frames"]), scenes=scenes)
 
     with _OutputsOf(dense, [layer.name for layer in layers], run) as wanted, torch.no_grad():
         handles = []

@@ -16,6 +16,7 @@ from dm3d_deploy.artifacts import Manifest, read_manifest
 from dm3d_deploy.config import AnchorHeadConfig, DetectorConfig, load_config
 from dm3d_deploy.errors import StaleArtifact, UsageError, nearest
 from dm3d_deploy.geometry.anchors import anchor_maps
+from dm3d_deploy.geometry.candidates import Located
 from dm3d_deploy.geometry.decode import detections_from_maps
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Detections, PointCloud, Voxels
@@ -23,7 +24,10 @@ from dm3d_deploy.stages import STAGE_NAMES
 from engines.onnx_runtime import OnnxSession, open_session, run_backbone
 
 VARIANTS = ("pruned", "dense")
-GRAPHS = {"pruned": ("backbone3d", "bev_head"), "dense": ("dense_backbone3d", "dense_bev_head")}
+GRAPHS = {
+    "pruned": ("backbone3d", "bev_head", "second_stage"),
+    "dense": ("dense_backbone3d", "dense_bev_head", "dense_second_stage"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +46,18 @@ class DeployedDetector:
         Raises FrameError for points that the model cannot take.
         """
         cloud = points if isinstance(points, PointCloud) else self.cloud_of(points)
-        return self.decode(self.maps_from_bev(self.bev_from_voxels(self.voxels_of(cloud))))
+        return self.detect_voxels(self.voxels_of(cloud))
+
+    def detect_voxels(self, voxels: Voxels) -> Detections:
+        """Detections of one frame from its voxels."""
+        return self.decode(self.maps_from_bev(self.bev_from_voxels(voxels)))
+
+    def outputs_at(
+        self, voxels: Voxels, rois: Located | None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], Located | None]:
+        """The bird's-eye view and the raw head maps of one frame; without a second stage there are no RoIs."""
+        bev = self.bev_from_voxels(voxels)
+        return bev, self.maps_from_bev(bev), rois
 
     def cloud_of(self, points: Float32[np.ndarray, "points columns"]) -> PointCloud:
         """A point cloud from an array whose columns are the model's."""
@@ -106,14 +121,21 @@ def load_run(path: str | os.PathLike[str], *, variant: str = "pruned", threads: 
             fix="run the build to its end",
         )
     config = load_config(manifest.artifact("model_config").checked(root))
-    graphs = [manifest.artifact(kind) for kind in GRAPHS[variant]]
-    backbone, head = (open_session(root / a.path, digest=a.digest, threads=threads) for a in graphs)
-    return DeployedDetector(config=config, manifest=manifest, variant=variant, backbone=backbone, head=head)
+    kinds = GRAPHS[variant] if config.second_stage is not None else GRAPHS[variant][:2]
+    graphs = [manifest.artifact(kind) for kind in kinds]
+    backbone, head, *second = (open_session(root / a.path, digest=a.digest, threads=threads) for a in graphs)
+    if not second:
+        return DeployedDetector(config=config, manifest=manifest, variant=variant, backbone=backbone, head=head)
+    from dm3d_deploy.detect_two_stage import TwoStageDeployed
+
+    return TwoStageDeployed(
+        config=config, manifest=manifest, variant=variant, backbone=backbone, head=head, second=second[0]
+    )
 
 
 def detect_timed(detector: DeployedDetector, cloud: PointCloud) -> tuple[Detections, Voxels, float]:
     """Detections with the voxels they came from and the milliseconds they took."""
     started = time.perf_counter()
     voxels = detector.voxels_of(cloud)
-    detections = detector.decode(detector.maps_from_bev(detector.bev_from_voxels(voxels)))
+    detections = detector.detect_voxels(voxels)
     return detections, voxels, (time.perf_counter() - started) * 1e3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dm3d_deploy.geometry.decode import detections_from_maps
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Detections, PointCloud
 
@@ -17,9 +16,12 @@ def detect_in_torch(detector: Detector, cloud: PointCloud) -> Detections:
     import torch
 
     from dm3d_deploy.models.detector import tensors_from_voxels
+    from dm3d_deploy.models.outputs import Scene, detections_from_outputs
 
     device = next(detector.parameters()).device
-    features, coords = tensors_from_voxels(voxelize(cloud, detector.config), device)
+    voxels = voxelize(cloud, detector.config)
+    features, coords = tensors_from_voxels(voxels, device)
+    scenes = [] if detector.config.second_stage is None else [Scene(points=voxels.points)]
     with torch.inference_mode():
-        maps = detector(features, coords)
-    return detections_from_maps({name: value.cpu().numpy() for name, value in maps.items()}, detector.config)
+        outputs = detector.outputs(features, coords, scenes=scenes)
+    return detections_from_outputs(outputs, detector.config)

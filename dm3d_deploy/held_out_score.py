@@ -52,9 +52,11 @@ def simulate_scenes(
     labels = []
     for index in range(frames):
         frame = labelled_frame(simulate_frame(first_seed + index, sensor=sensor))
-        voxels = voxelize(frame.cloud, config.voxels)
+        voxels = voxelize(frame.cloud, config)
         arrays[f"{index}.features"] = voxels.features
         arrays[f"{index}.coords"] = voxels.coords.astype(np.int16)
+        if voxels.points is not None:
+            arrays[f"{index}.points"] = voxels.points
         labels.append(frame.labels)
         advanced(index + 1)
     write_bytes(file, save(arrays))

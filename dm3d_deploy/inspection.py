@@ -250,6 +250,9 @@ def _looks_like(
         same_head = [len(task) for task in config.head.classes_by_task] == tasks
     else:
         same_head = config.head.per_cell * len(config.class_names) == anchors
+    second = next((part for part in ("pfe.", "roi_head.") if any(name.startswith(part) for name in shapes)), "")
+    if second != ("" if config.second_stage is None else "pfe." if config.second_stage.keypoints else "roi_head."):
+        return False
     if config.backbone_3d is None:
         return same_head and any(name.startswith("vfe.") for name in shapes)
     width = max(shapes.get("backbone_3d.conv_out.0.weight", (0,)), default=0)

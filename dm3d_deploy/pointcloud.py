@@ -48,6 +48,7 @@ class Voxels:
     A row is a voxel, and `features` are the means over the points kept in it; or, for a detector over pillars, a row is
     a point, and rows of one pillar stand together. `num_points` are the points kept in a row's cell. `found` counts the
     cells before the cap; `cutoff_m` is the horizontal range beyond which cells were dropped, infinite when none was.
+    `points` are those that a second stage draws keypoints from, in the frame's order.
     """
 
     features: Float32[np.ndarray, "rows columns"]
@@ -55,6 +56,7 @@ class Voxels:
     num_points: Int32[np.ndarray, " rows"]
     found: int
     cutoff_m: float
+    points: Float32[np.ndarray, "points columns"] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.coords)

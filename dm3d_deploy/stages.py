@@ -16,6 +16,7 @@ FILES = {
     "model_info": "work/model.json",
     "frames": "work/frames.safetensors",
     "frames_info": "work/frames.json",
+    "rois": "work/rois.safetensors",
     "output_scale": "work/output_scale.json",
     "layers": "work/layers.json",
     "gradients": "work/gradients",
@@ -33,6 +34,8 @@ FILES = {
     "dense_backbone3d": "onnx/dense/backbone3d.onnx",
     "bev_head": "onnx/bev_head.onnx",
     "backbone3d": "onnx/backbone3d.onnx",
+    "second_stage": "onnx/second_stage.onnx",
+    "dense_second_stage": "onnx/dense/second_stage.onnx",
     "export_info": "work/export.json",
     "plan": "engines/backbone3d/backbone3d.plan",
     "points_plan": "engines/backbone3d/points.plan",
@@ -109,7 +112,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="gradients", says="sketch the detector's sensitivity", run="dm3d_deploy.steps.prune:gradients",
         reads=("model_config", "dense_weights", "start_weights", "frames", "frames_info"),
-        writes=("gradients", "output_scale", "layers"),
+        writes=("gradients", "output_scale", "layers"), optional=("rois",),
         recipe=("scope", "sketches", "lambda_box", "lambda_score", "box_cells", "seed"), transient=True,
     ),
     Stage(
@@ -119,8 +122,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="allocate", says="spend the budget", run="dm3d_deploy.steps.allocate:allocate",
-        reads=("model_config", "model_info", "dense_weights", "start_weights", "frames", "frames_info", "output_scale",
-               "layers", "curves", "scores", "channels"),
+        reads=("model_config", "model_info", "dense_weights", "start_weights", "frames", "frames_info", "rois",
+               "output_scale", "layers", "curves", "scores", "channels"),
         writes=("allocation",), outside=("profile",),
         recipe=("method", "target", "target_ms", "max_distortion", "cost", "profile", "candidates", "scope",
                 "patterns", "device", "lambda_box", "lambda_score", "box_cells"),
@@ -131,7 +134,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="recover", says="make good what pruning broke", run="dm3d_deploy.steps.recover:recover",
-        reads=("model_config", "dense_weights", "start_weights", "masks", "frames", "frames_info", "output_scale"),
+        reads=("model_config", "dense_weights", "start_weights", "masks", "frames", "frames_info", "rois",
+               "output_scale"),
         writes=("pruned_weights", "recovery"),
         recipe=("recover", "recover_steps", "recover_data", "lambda_box", "lambda_score", "box_cells", "seed"),
         outside=("recover_data",),
@@ -140,7 +144,7 @@ STAGES: tuple[Stage, ...] = (
         name="export", says="write ONNX", run="dm3d_deploy.steps.deploy:export",
         reads=("model_config", "dense_weights", "pruned_weights", "layers", "allocation", "channels"),
         writes=("bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d", "export_info"),
-        optional=("small_weights",), recipe=("precision",),
+        optional=("small_weights", "second_stage", "dense_second_stage"), recipe=("precision",),
     ),
     Stage(
         name="plan", says="plan the 3D engine", run="dm3d_deploy.steps.plan3d:plan3d",
@@ -156,8 +160,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="verify", says="compare with the detector in torch", run="dm3d_deploy.steps.verify:verify",
         reads=("model_config", "dense_weights", "start_weights", "pruned_weights", "masks", "frames", "frames_info",
-               "output_scale",
-               "bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d"),
+               "rois", "output_scale",
+               "bev_head", "backbone3d", "second_stage", "dense_bev_head", "dense_backbone3d", "dense_second_stage"),
         writes=("verification", "dense_detections", "pruned_detections"),
         recipe=("precision", "lambda_box", "lambda_score", "box_cells"),
     ),
@@ -168,7 +172,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="bench", says="measure latency here", run="dm3d_deploy.steps.deploy:bench",
-        reads=("model_config", "frames", "frames_info", "bev_head", "backbone3d", "dense_bev_head", "dense_backbone3d"),
+        reads=("model_config", "frames", "frames_info", "bev_head", "backbone3d", "second_stage", "dense_bev_head",
+               "dense_backbone3d", "dense_second_stage"),
         writes=("latency",), recipe=("precision",), reproducible=False,
     ),
     Stage(

@@ -27,6 +27,7 @@ TYPES = {
 }
 SEVERITY_FATAL = 4
 GRID = "dm3d.grid_zyx"
+OPEN_ROWS = "rows_of_"  # begins the name of a dimension that differs from frame to frame, told as -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class OnnxSession:
             )
         for name, (kind, shape) in self.inputs.items():
             found = (inputs[name].dtype.name, inputs[name].shape)
-            if found != (kind, shape):
+            if found[0] != kind or not _fits(found[1], shape):
                 raise EngineError(
                     f"{self.name}: input '{name}' must be {kind} {list(shape)}, not {found[0]} {list(found[1])}.",
                     fix="convert the array, or export the graph for this shape",
@@ -130,19 +131,31 @@ def _first_line(error: Exception) -> str:
 def _interface(path: Path, values: list[Any]) -> Interface:
     found = {}
     for value in values:
-        if value.type not in TYPES or any(not isinstance(size, int) for size in value.shape):
+        sizes = [-1 if str(size).startswith(OPEN_ROWS) else size for size in value.shape]
+        if value.type not in TYPES or any(not isinstance(size, int) for size in sizes):
             raise EngineError(
                 f"{path}: '{value.name}' is {value.type} {value.shape}; only static shapes of plain types are run.",
                 fix="export the graph with static shapes",
             )
-        found[value.name] = (TYPES[value.type], tuple(value.shape))
+        found[value.name] = (TYPES[value.type], tuple(sizes))
     return found
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an array's shape is the declared one; open rows (-1) may be any number of them."""
+    return len(found) == len(shape) and all(size in (-1, own) for own, size in zip(found, shape, strict=True))
 
 
 def run_backbone(
     session: OnnxSession, voxels: Voxels
 ) -> tuple[Float32[np.ndarray, "1 channels height width"], Int32[np.ndarray, " stages"]]:
-    """BEV map and active sites per stage of one frame, padded to the graph's capacity.
+    """BEV map and active sites per stage of one frame, see `run_backbone_stages`."""
+    outputs = run_backbone_stages(session, voxels)
+    return outputs["bev"], outputs["status"]
+
+
+def run_backbone_stages(session: OnnxSession, voxels: Voxels) -> dict[str, np.ndarray]:
+    """All outputs of the graph for one frame, padded to the graph's capacity.
 
     FrameError when the frame has more voxels than the graph has room for, other columns, or cells outside its grid.
     """
@@ -173,5 +186,4 @@ def run_backbone(
     features = np.zeros((capacity, columns), np.float32)
     coords = np.zeros((capacity, 4), np.int32)
     features[:count], coords[:count] = voxels.features, voxels.coords
-    outputs = session.run({"features": features, "coords": coords, "count": np.array([count], np.int32)})
-    return outputs["bev"], outputs["status"]
+    return session.run({"features": features, "coords": coords, "count": np.array([count], np.int32)})

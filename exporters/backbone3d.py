@@ -2,11 +2,13 @@
 
     SparseBackbone3d(features f32[max_voxels, C], coords i32[max_voxels, 4], count i32[1])
         -> bev f32[1, C_out * D, H, W], status i32[S]
+           and for each stage that a second stage reads: features.x_convN f32[sites, C], sites.x_convN i64[3, sites]
 
 `coords` are (batch, z, y, x), unique cells inside the grid, in any order; rows from `count` on are not read, and the
 batch column is not either: one frame at a time. `status[0]` is the number of active sites of the input stage, and
 `status[i]` that after the i-th strided layer; for VoxelResBackBone8x: conv_input and conv1, conv2, conv3, conv4,
-conv_out. A runtime that knows the node (the TensorRT plugin) replaces the body; others run it.
+conv_out. A runtime that knows the node (the TensorRT plugin) replaces the body; others run it. `sites` are z, y, x in
+raster order; the plugin does not give them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from onnx import TensorProto, helper
 from dm3d_deploy.artifacts import Graph
 from dm3d_deploy.errors import ExportError
 from exporters import sparse_functions as fn
-from exporters.graph_files import write_graph
+from exporters.graph_files import OPEN_ROWS, write_graph
 from exporters.sparse_functions import Triple
 from exporters.voxel_choice import choose_function, put_back_function
 from exporters.voxelnext import merged_cells_function, merged_features_function, stage_ends, with_ones_function
@@ -97,6 +99,8 @@ class _Assembly:
         self.booked: set[str] = set()
         self.passed_by: tuple[str, str] | None = None
         self.kept: dict[str, str] = {}
+        self.given: list[onnx.ValueInfoProto] = []
+        self.made: list[str] = []
         self.stage = ""
 
     def _define(self, function: onnx.FunctionProto) -> str:
@@ -213,6 +217,18 @@ class _Assembly:
         self.body.call(self._define(with_ones_function("WithOnes")), [features], ["active"], "active")
         return "active"
 
+    def give(self, stage: str, features: str, channels: int) -> None:
+        """Let the features and sites of a stage out, those of its last layer so far."""
+        rows, tensor = f"{OPEN_ROWS}{stage}", helper.make_tensor_value_info
+        values = [
+            tensor(f"features.{stage}", TensorProto.FLOAT, [rows, channels]),
+            tensor(f"sites.{stage}", TensorProto.INT64, [3, rows]),
+        ]
+        known = [value.name for value in self.given]
+        at = known.index(values[0].name) if values[0].name in known else len(known)
+        self.given[at : at + 2] = values
+        self.made[at : at + 2] = [features, f"{self.stage}.sites"]
+
     def leave(self, features: str, channels: int) -> None:
         """Emit the BEV map and the status."""
         function = self._define(fn.bev_function("ToBev", self.grid, channels))
@@ -222,9 +238,9 @@ class _Assembly:
 
 
 def backbone_model(
-    layers: Sequence[SparseLayer], *, grid_zyx: Triple, max_voxels: int, plan_file: str = ""
+    layers: Sequence[SparseLayer], *, grid_zyx: Triple, max_voxels: int, plan_file: str = "", stages: Sequence[str] = ()
 ) -> onnx.ModelProto:
-    """The whole model from plain layers; `grid_zyx` is the sparse grid of the input.
+    """The whole model from plain layers; `grid_zyx` is the sparse grid of the input, `stages` ("x_conv2") also go out.
 
     `plan_file` tells the TensorRT plugin where the node's plan lies, relative to the folder in which TensorRT runs.
     """
@@ -240,15 +256,18 @@ def backbone_model(
         if layer.name in last:
             ends.append((features, assembly.stage, assembly.grid))
             features = assembly.merge(ends) if len(ends) == len(last) else features
+        if (stage := f"x_{layer.name.split('.')[0]}") in stages:
+            assembly.give(stage, features, len(layer.bias))
     channels = len(layers[-1].bias)
     if last:
         features, channels = assembly.tell_active(features), channels + 1
     assembly.leave(features, channels)
-    inputs, outputs = ["features", "coords", "count"], ["bev", "status"]
+    inputs = ["features", "coords", "count"]
     attributes: dict[str, Any] = {"grid": grid_zyx, "max_voxels": max_voxels}
     if plan_file:
         attributes["plan_file"] = plan_file
-    main = assembly.body.function(NODE, inputs, outputs, list(attributes))
+    outputs = ["bev", "status", *(value.name for value in assembly.given)]
+    main = assembly.body.function(NODE, inputs, ["bev", "status", *assembly.made], list(attributes))
     node = helper.make_node(NODE, inputs, outputs, name="backbone_3d", domain=fn.DOMAIN, **fn.PLUGIN, **attributes)
     depth, height, width = assembly.grid
     tensor = helper.make_tensor_value_info
@@ -263,13 +282,18 @@ def backbone_model(
         [
             tensor("bev", TensorProto.FLOAT, [1, channels * depth, height, width]),
             tensor("status", TensorProto.INT32, [len(assembly.counts)]),
+            *assembly.given,
         ],
     )
+    return _as_model(graph, [*assembly.functions.values(), main], grid_zyx)
+
+
+def _as_model(graph: onnx.GraphProto, functions: list[onnx.FunctionProto], grid_zyx: Triple) -> onnx.ModelProto:
     model = helper.make_model(
         graph,
         producer_name="dm3d-deploy",
         ir_version=fn.IR_VERSION,
-        functions=[*assembly.functions.values(), main],
+        functions=functions,
         opset_imports=[helper.make_opsetid("", fn.OPSET), helper.make_opsetid(fn.DOMAIN, 1)],
     )
     helper.set_model_props(model, {"dm3d.grid_zyx": ",".join(map(str, grid_zyx))})
@@ -351,5 +375,7 @@ def export_backbone3d(detector: Detector, path: Path, *, max_voxels: int, plan_f
             f"{len(finite)} layers hold weights that are not finite, first {finite[0]}.", fix="check the checkpoint"
         )
     grid = detector.backbone_3d.shape_zyx
-    model = backbone_model(layers, grid_zyx=grid, max_voxels=max_voxels, plan_file=plan_file)
+    second = detector.config.second_stage
+    stages = () if second is None else second.stages_read
+    model = backbone_model(layers, grid_zyx=grid, max_voxels=max_voxels, plan_file=plan_file, stages=stages)
     return write_graph(model, path, kind="backbone3d")

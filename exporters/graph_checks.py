@@ -48,7 +48,8 @@ def check_graph(path: Path) -> onnx.ModelProto:
     """Check an exported file and return it; ExportError names the node or tensor that breaks the contract.
 
     The contract: self-contained, an opset that TensorRT reads, static shapes, standard operators only - or one node of
-    the domain dm3d alone in the graph, its functions defined in the file and its plugin named on every call.
+    the domain dm3d alone in the graph, its functions defined in the file and its plugin named on every call. A graph
+    with open rows among its inputs (see `graph_files.interface`) may have others within.
     """
     model = safe_load(path)
     opsets = {entry.domain: entry.version for entry in model.opset_import}
@@ -62,7 +63,8 @@ def check_graph(path: Path) -> onnx.ModelProto:
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except REFUSALS as error:
         raise ExportError(f"{path}: {first_line(error)}", fix="export the detector again") from None
-    for values in (model.graph.input, inferred.graph.output, inferred.graph.value_info):
+    is_open = any(-1 in shape for _, shape in interface(list(model.graph.input)).values())
+    for values in (model.graph.output, () if is_open else inferred.graph.value_info):
         interface(list(values))
     return model
 

@@ -14,6 +14,7 @@ from dm3d_deploy.artifacts import Graph, artifact_of, write_bytes
 from dm3d_deploy.errors import ExportError
 
 MAX_GRAPH_BYTES = 1 << 30
+OPEN_ROWS = "rows_of_"  # begins the name of a dimension that differs from frame to frame
 ELEMENT_TYPES = frozenset(helper.get_all_tensor_dtypes()) - {TensorProto.UNDEFINED}
 # ValueError and UnicodeDecodeError come where ONNX formats the error itself.
 REFUSALS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError)
@@ -69,22 +70,30 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def interface(values: list[onnx.ValueInfoProto]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (element type, shape) of graph inputs or outputs; ExportError for a shape that is not static."""
+    """Name -> (element type, shape) of graph inputs or outputs; ExportError for a shape that is not static.
+
+    Rows that differ from frame to frame, which a second stage reads, are named "rows_of_..." and told as -1.
+    """
     found = {}
     for value in values:
         tensor = value.type.tensor_type
-        if not tensor.HasField("shape") or any(
-            not d.HasField("dim_value") or d.dim_value < 1 for d in tensor.shape.dim
-        ):
+        if not tensor.HasField("shape") or any(_size(dim) == 0 for dim in tensor.shape.dim):
             dims = [d.dim_value or d.dim_param or "?" for d in tensor.shape.dim]
             raise ExportError(
                 f"'{value.name}' has the shape {dims}, which is not static.", fix="export again with static shapes"
             )
-        shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+        shape = tuple(_size(dim) for dim in tensor.shape.dim)
         if tensor.elem_type not in ELEMENT_TYPES:
             raise ExportError(f"'{value.name}' has the element type {tensor.elem_type}.", fix="export it again")
         found[value.name] = (helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
     return found
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int:
+    """Its number, -1 for open rows, 0 for what is neither."""
+    if dim.HasField("dim_value"):
+        return max(int(dim.dim_value), 0)
+    return -1 if dim.dim_param.startswith(OPEN_ROWS) else 0
 
 
 def array_of(tensor: onnx.TensorProto) -> np.ndarray:

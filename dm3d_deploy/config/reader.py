@@ -28,6 +28,7 @@ from dm3d_deploy.config.schema import (
     PostConfig,
     VoxelConfig,
 )
+from dm3d_deploy.config.second_stage import second_stage_of
 from dm3d_deploy.config.voxels import pillars_of, voxels_of
 from dm3d_deploy.errors import UsageError, nearest
 from dm3d_deploy.yaml_reader import Entry, Section
@@ -54,8 +55,23 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
         "BACKBONE_3D": (VOXELNEXT,),
         "DENSE_HEAD": ("VoxelNeXtHead",),
     },
+    "PVRCNN": {
+        "VFE": ("MeanVFE",),
+        "BACKBONE_3D": ("VoxelBackBone8x", "VoxelResBackBone8x"),
+        "DENSE_HEAD": ("AnchorHeadSingle",),
+        "PFE": ("VoxelSetAbstraction",),
+        "POINT_HEAD": ("PointHeadSimple",),
+        "ROI_HEAD": ("PVRCNNHead",),
+    },
+    "VoxelRCNN": {
+        "VFE": ("MeanVFE",),
+        "BACKBONE_3D": ("VoxelBackBone8x", "VoxelResBackBone8x"),
+        "DENSE_HEAD": ("AnchorHeadSingle",),
+        "ROI_HEAD": ("VoxelRCNNHead",),
+    },
 }
 PARTS = ("VFE", "BACKBONE_3D", "MAP_TO_BEV", "BACKBONE_2D", "DENSE_HEAD")
+SECOND_PARTS = ("PFE", "POINT_HEAD", "ROI_HEAD")
 
 # What training and evaluation read and inference does not.
 IGNORED_TOP = ("OPTIMIZATION", "HOOK")
@@ -134,6 +150,7 @@ def _config_from_entry(entry: Entry, name: str) -> DetectorConfig:
         backbone_2d=backbone_2d,
         head=head,
         post=post,
+        second_stage=second_stage_of(modules, backbone_3d, len(voxels.columns), bev_channels, stride_3d),
         text=yaml_reader.text_from_section(root),
     )
 
@@ -167,7 +184,7 @@ def _modules(model: Section) -> dict[str, Section]:
     }
     modules = {}
     sparse = family["DENSE_HEAD"] == ("VoxelNeXtHead",)
-    for part in PARTS:
+    for part in (*PARTS, *(part for part in SECOND_PARTS if part in family)):
         if (part == "BACKBONE_3D" and not over_voxels) or (sparse and part in ("MAP_TO_BEV", "BACKBONE_2D")):
             continue
         modules[part] = model.get(part, Section)

@@ -162,6 +162,86 @@ class AnchorPostConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grouping:
+    """Neighbours of a place and the MLP over them, whose maximum is the place's feature.
+
+    The first `samples` closer than `radius_m`; of cells only those at most `reach_zyx` cells away (Voxel R-CNN).
+    """
+
+    radius_m: float
+    samples: int
+    widths: tuple[int, ...]
+    reach_zyx: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSource:
+    """What is pooled: "raw_points", "keypoints", or cells of a stage, "x_conv1" to "x_conv4", of `stride` voxels."""
+
+    name: str
+    stride: int
+    channels: int
+    groupings: tuple[Grouping, ...]
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of a place's feature, all groupings side by side."""
+        return sum(grouping.widths[-1] for grouping in self.groupings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeypointConfig:
+    """VoxelSetAbstraction and PointHeadSimple: `count` of the frame's points, farthest first, gather the sources.
+
+    `bev_channels` are those of the bird's-eye view if it is read too, else 0; its cells are `bev_stride` voxels wide.
+    The features side by side become `fused` channels, weighted by a score whose layers have `score_widths`.
+    """
+
+    count: int
+    bev_channels: int
+    bev_stride: int
+    sources: tuple[PoolSource, ...]
+    fused: int
+    score_widths: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """Channels of a keypoint before they are fused: bird's-eye view, raw points, then the stages."""
+        return self.bev_channels + sum(source.out_channels for source in self.sources)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecondStageConfig:
+    """The RoI head: of each of at most `nms_post` proposals, `grid`^3 places are pooled and a box is said.
+
+    Proposals are the `nms_pre` best anchors after rotated NMS at `nms_threshold`. With `keypoints` (PV-RCNN) the places
+    pool those, without (Voxel R-CNN) cells of the sparse backbone.
+    """
+
+    keypoints: KeypointConfig | None
+    sources: tuple[PoolSource, ...]
+    grid: int
+    shared: tuple[int, ...]
+    cls_widths: tuple[int, ...]
+    reg_widths: tuple[int, ...]
+    dropout: float
+    nms_threshold: float
+    nms_pre: int
+    nms_post: int
+
+    @property
+    def stages_read(self) -> tuple[str, ...]:
+        """The stages of the sparse backbone that are pooled, "x_conv1" to "x_conv4"."""
+        pooled = (*(self.keypoints.sources if self.keypoints else ()), *self.sources)
+        return tuple(sorted({source.name for source in pooled if source.name.startswith("x_conv")}))
+
+    @property
+    def reads_points(self) -> bool:
+        """Whether the frame's points are needed, not its voxels alone."""
+        return self.keypoints is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorConfig:
     """A whole detector. `text` is the flattened YAML (no `_BASE_CONFIG_`), which reads back to an equal config.
 
@@ -179,6 +259,7 @@ class DetectorConfig:
     backbone_2d: Backbone2dConfig
     head: CenterHeadConfig | AnchorHeadConfig
     post: PostConfig | AnchorPostConfig
+    second_stage: SecondStageConfig | None = None
     text: str
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -15,7 +15,7 @@ from dm3d_deploy.pointcloud import PointCloud, Voxels
 def voxelize(cloud: PointCloud, config: VoxelConfig | DetectorConfig) -> Voxels:
     """The mean of the points (first `max_points_per_voxel` of them) in each occupied cell, in raster order.
 
-    A detector over pillars gets the points themselves, see `pillar_points`.
+    A detector over pillars gets the points themselves, see `pillar_points`; one with keypoints gets both.
 
     A point lies in cell floor((point - low) / size), computed in float32 as spconv's Point2Voxel does for OpenPCDet:
     float64 puts points at cell borders elsewhere. Cells below 0 or beyond the grid are dropped.
@@ -30,7 +30,10 @@ def voxelize(cloud: PointCloud, config: VoxelConfig | DetectorConfig) -> Voxels:
     if isinstance(config, DetectorConfig):
         if config.pillars is not None:
             return pillar_points(cloud, config.voxels, config.pillars)
-        return voxelize(cloud, config.voxels)
+        voxels = voxelize(cloud, config.voxels)
+        if config.second_stage is None or not config.second_stage.reads_points:
+            return voxels
+        return replace(voxels, points=points_in_range(_used_points(cloud, config.voxels.columns), config.voxels))
     binned = _binned(cloud, config, any_height=False)
     features = _means(binned).astype(np.float32)
     z, y, x = np.unravel_index(binned.occupied, config.grid_zyx)
@@ -41,6 +44,19 @@ def voxelize(cloud: PointCloud, config: VoxelConfig | DetectorConfig) -> Voxels:
         found=binned.found,
         cutoff_m=binned.cutoff_m,
     )
+
+
+def points_in_range(
+    points: Float32[np.ndarray, "points columns"], config: VoxelConfig
+) -> Float32[np.ndarray, "inside columns"]:
+    """The points within the range along x and y, borders included and any height, in the frame's own order.
+
+    OpenPCDet's keypoints are drawn from these. Which neighbours they gather depends on the order: nothing is sorted.
+    """
+    low, high = (np.array(config.point_range_m[i : i + 2], np.float32) for i in (0, 3))
+    inside = ((points[:, :2] >= low) & (points[:, :2] <= high)).all(axis=1)
+    kept: np.ndarray = points[inside]
+    return kept
 
 
 def pillar_points(cloud: PointCloud, config: VoxelConfig, pillars: PillarConfig) -> Voxels:

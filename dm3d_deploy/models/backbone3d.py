@@ -109,12 +109,17 @@ class SparseBackbone(nn.Module):
                 shape = output_shape(shape, conv.kernel, conv.stride, conv.padding)
         return shape
 
+    def stages(self, x: SparseTensor) -> dict[str, SparseTensor]:
+        """Features of "x_conv1" to "x_conv4", as OpenPCDet calls them, and of `conv_out`, "out"."""
+        found = {"x_conv1": self.conv1(self.conv_input(x))}
+        for name, before in (("conv2", "x_conv1"), ("conv3", "x_conv2"), ("conv4", "x_conv3")):
+            found[f"x_{name}"] = self.get_submodule(name)(found[before])
+        found["out"] = self.conv_out(found["x_conv4"])
+        return found
+
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Features of `conv_out`."""
-        x = self.conv1(self.conv_input(x))
-        x = self.conv4(self.conv3(self.conv2(x)))
-        out: SparseTensor = self.conv_out(x)
-        return out
+        return self.stages(x)["out"]
 
 
 def _plain_block(channels: int, *, indice_key: str) -> nn.Module:

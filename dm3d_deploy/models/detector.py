@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from dm3d_deploy.models.anchor_head import AnchorHeadSingle
 from dm3d_deploy.models.backbone2d import BaseBEVBackbone
 from dm3d_deploy.models.backbone3d import SparseBackbone, bev_from_sparse, sites_only
 from dm3d_deploy.models.center_head import CenterHead
+from dm3d_deploy.models.outputs import Outputs, Scene
 from dm3d_deploy.models.pillars import PillarVFE
 from dm3d_deploy.models.sparse import SparseConvolution, SparseTensor
 from dm3d_deploy.models.voxelnext import SparseCenterHead, VoxelNeXtBackbone
@@ -85,11 +86,26 @@ class Detector(nn.Module):
         heads: dict[str, Tensor] = self.dense_head(self.backbone_2d(bev))
         return heads
 
+    def outputs(
+        self,
+        features: Float[Tensor, "rows columns"],
+        coords: Int64[Tensor, "rows 4"],
+        batch_size: int = 1,
+        scenes: Sequence[Scene] = (),
+    ) -> Outputs:
+        """All that is said of a batch; `scenes`, one a frame, are what a second stage reads beside the voxels."""
+        bev = self.backbone_to_bev(features, coords, batch_size)
+        return Outputs(bev=bev, maps=self.bev_to_heads(bev))
+
     def forward(
-        self, features: Float[Tensor, "rows columns"], coords: Int64[Tensor, "rows 4"], batch_size: int = 1
+        self,
+        features: Float[Tensor, "rows columns"],
+        coords: Int64[Tensor, "rows 4"],
+        batch_size: int = 1,
+        scenes: Sequence[Scene] = (),
     ) -> dict[str, Float[Tensor, "batch channels h w"]]:
         """Raw head maps from mean voxel features, or from the points of pillars."""
-        return self.bev_to_heads(self.backbone_to_bev(features, coords, batch_size))
+        return self.outputs(features, coords, batch_size, scenes).maps
 
     def _sparse(self, features: Tensor, coords: Tensor, batch_size: int) -> SparseTensor:
         shape = self.grid_zyx
@@ -111,6 +127,10 @@ def build_detector(config: DetectorConfig) -> Detector:
             "channels.",
             fix="make the first two numbers of CHANNELS equal",
         )
+    if config.second_stage is not None:
+        from dm3d_deploy.models.two_stage import TwoStageDetector
+
+        return TwoStageDetector(config).eval()
     return Detector(config).eval()
 
 
@@ -142,6 +162,12 @@ def sparse_pair_counts(detector: Detector, coords: Int64[Tensor, "voxels 4"]) ->
     for layer in _layers(detector, "dense_head", "head"):
         if layer.kind == "sparse":
             counts[layer.name] = np.array([sites["x_shared_conv"]])
+    if detector.config.second_stage is not None:
+        from dm3d_deploy.models.two_stage import second_stage_rows
+
+        names = [layer.name for scope in _second_scopes(detector) for layer in _layers(detector, scope, "head")]
+        rows = second_stage_rows(detector.config, sites, names)
+        counts |= {name: np.array([number]) for name, number in rows.items()}
     return counts
 
 
@@ -203,13 +229,21 @@ KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 
 
 def prunable_layers(detector: Detector) -> tuple[PrunableLayer, ...]:
-    """Every layer with weights, in forward order: the 3D backbone or the pillars, the 2D backbone, the head."""
+    """Every layer with weights, in forward order: 3D backbone or pillars, 2D backbone, head, second stage."""
     blocks = range(len(detector.backbone_2d.blocks))
     flat = [f"backbone_2d.{kind}.{i}" for i in blocks for kind in ("blocks", "deblocks")]
     layers = list(_layers(detector, "vfe" if detector.over_pillars else "backbone_3d", "3d"))
     for scope in flat:
         layers += _layers(detector, scope, "2d")
-    return (*layers, *_layers(detector, "dense_head", "head"))
+    for scope in ("dense_head", *_second_scopes(detector)):
+        layers += _layers(detector, scope, "head")
+    return tuple(layers)
+
+
+def _second_scopes(detector: Detector) -> tuple[str, ...]:
+    """The modules of the second stage in forward order."""
+    own = {name for name, _ in detector.named_children()}
+    return tuple(name for name in ("pfe", "point_head", "roi_head") if name in own)
 
 
 def _layers(detector: Detector, scope: str, part: str) -> Iterator[PrunableLayer]:
@@ -224,11 +258,13 @@ def _layers(detector: Detector, scope: str, part: str) -> Iterator[PrunableLayer
         if kind is None:
             continue
         norm = following if isinstance(following, Norm) else None
-        final = part == "head" and _is_final(detector, name)
+        final = part == "head" and _is_final(detector, name, norm)
         yield PrunableLayer(name, part, kind, module, norm, next_name if norm is not None else None, final)
 
 
-def _is_final(detector: Detector, name: str) -> bool:
+def _is_final(detector: Detector, name: str, norm: nn.Module | None) -> bool:
+    if not name.startswith("dense_head."):
+        return norm is None  # of the second stage only what it says has no norm behind it
     head = detector.config.head
     if isinstance(head, AnchorHeadConfig):
         return True

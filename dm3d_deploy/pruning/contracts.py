@@ -27,12 +27,12 @@ ROUNDING = 1e-12  # relative: sums of the same MACs in another order differ by t
 class Layer:
     """One convolution: its weight's native shape and how often each of its taps multiplies.
 
-    Native shapes: sparse [Cout, kz, ky, kx, Cin], without kz where flat, linear [Cout, Cin], conv2d
+    Native shapes: sparse [Cout, kz, ky, kx, Cin], without kz where flat, linear [Cout, Cin, 1...], conv2d
     [Cout, Cin, kh, kw], deconv2d [Cin, Cout, kh, kw].
     `positions` holds, per tap in row-major order of the kernel ((z * ky + y) * kx + x), the
     multiplications per weight of that tap, averaged over the calibration frames: rulebook pairs for a sparse layer,
-    rows for a linear one (points of pillars), map cells for a dense one. `final` marks the last convolution of a head
-    branch, which stays dense.
+    rows for a linear one (points of pillars, places of RoIs), map cells for a dense one. `final` marks the last
+    convolution of a head branch, which stays dense.
     """
 
     name: str
@@ -46,7 +46,9 @@ class Layer:
     def __post_init__(self) -> None:
         if self.part not in get_args(Part) or self.kind not in get_args(Kind):
             raise InternalError(f"{self.name}: no such part or kind of layer: '{self.part}', '{self.kind}'")
-        if len(self.shape) not in DIMENSIONS[self.kind] or min(self.shape) < 1:
+        spare = self.shape[2:] if self.kind == "linear" else ()  # OpenPCDet writes some as convolutions of extent one
+        known = len(self.shape) - len(spare) in DIMENSIONS[self.kind]
+        if not known or min(self.shape) < 1 or max(spare, default=1) > 1:
             raise InternalError(f"{self.name}: {self.shape} is no {self.kind} weight")
         if self.positions.shape != (self.taps,) or self.positions.dtype != np.float64:
             raise InternalError(

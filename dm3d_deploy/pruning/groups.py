@@ -85,8 +85,24 @@ class _Walk:
         self.stream = self.write(layer)
 
 
+SECOND_STAGE = ("pfe.", "point_head.", "roi_head.")
+
+
 def channel_groups(layers: Sequence[Layer]) -> tuple[ChannelGroup, ...]:
-    """The groups of a detector from its layers in forward order; what no layer reads (final outputs) is in none."""
+    """The groups of a detector from its layers in forward order; what no layer reads (final outputs) is in none.
+
+    A second stage stays whole, and so do the channels that it reads: those behind each stage of the sparse backbone.
+    """
+    first = [layer for layer in layers if not layer.name.startswith(SECOND_STAGE)]
+    groups = _walked(first)
+    if len(first) == len(layers):
+        return groups
+    last = {layer.name.split(".")[1]: layer.name for layer in first if layer.part == "3d"}
+    read = {slot.layer for group in groups for slot in group.written} & set(last.values())
+    return tuple(group for group in groups if not read & {slot.layer for slot in group.written})
+
+
+def _walked(layers: Sequence[Layer]) -> tuple[ChannelGroup, ...]:
     walk = _Walk()
     inner: list[_Stream] = []
     for layer in (layer for layer in layers if layer.part == "3d" and layer.kind != "linear"):  # pillars stay whole

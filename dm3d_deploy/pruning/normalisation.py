@@ -17,7 +17,8 @@ as large as the output itself.
 
 Maps are named "<task>.<branch>", "0.hm" or "3.center", raw [1, channels, height, width]; every branch but `hm` is a
 box branch. Of an anchor head, each anchor of a cell counts as a task: "0.cls" are its confidences, "0.box" and "0.dir"
-its box channels.
+its box channels. A second stage is one more task: its cells are the RoIs that the dense model proposes, "N.rcnn_cls"
+their confidences and "N.rcnn_reg" their box channels.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def tasks_of(maps: Iterable[str]) -> tuple[int, ...]:
 
 
 def score_name(maps: Iterable[str], task: int) -> str:
-    """The map of a task's confidences: the heat map of a CenterHead, the class scores of an anchor."""
-    return f"{task}.hm" if f"{task}.hm" in maps else f"{task}.cls"
+    """The map of a task's confidences: a CenterHead's heat map, an anchor's class scores, a second stage's scores."""
+    return next((name for name in (f"{task}.hm", f"{task}.rcnn_cls") if name in maps), f"{task}.cls")
 
 
 def box_names(maps: Iterable[str], task: int) -> tuple[str, ...]:

@@ -32,26 +32,33 @@ def export(run: RunContext) -> None:
     from exporters.bev_head import export_bev_head
     from exporters.graph_checks import check_graph, sparsity_of
     from exporters.pillars import export_pillars
+    from exporters.second_stage import export_second_stage
 
     config = load_config(run.path("model_config"))
     precision = cast(Literal["fp16", "fp32"], run.recipe.precision)
     graphs: list[dict[str, Any]] = []
-    kinds = {"pruned_weights": ("bev_head", "backbone3d"), "dense_weights": ("dense_bev_head", "dense_backbone3d")}
-    for weights, (head, backbone) in kinds.items():
+    kinds = {
+        "pruned_weights": ("bev_head", "backbone3d", "second_stage"),
+        "dense_weights": ("dense_bev_head", "dense_backbone3d", "dense_second_stage"),
+    }
+    total = len(kinds) * (2 if config.second_stage is None else 3)
+    for weights, (head, backbone, second) in kinds.items():
         detector = build_detector(config)
         load_checkpoint(detector, run.path(weights))
         if weights == "pruned_weights":
             detector = without_channels(run, detector)
         graphs.append(_row(head, export_bev_head(detector, run.path(head), precision=precision)))
-        run.watch.advanced(len(graphs), 4)
+        run.watch.advanced(len(graphs), total)
         cap, plan = config.voxels.max_voxels, FILES["plan"] if backbone == "backbone3d" else ""
         if detector.over_pillars:
             to_bev = export_pillars(detector, run.path(backbone))
         else:
             to_bev = export_backbone3d(detector, run.path(backbone), max_voxels=cap, plan_file=plan)
         graphs.append(_row(backbone, to_bev))
-        run.watch.advanced(len(graphs), 4)
-        for kind in (head, backbone):
+        run.watch.advanced(len(graphs), total)
+        if config.second_stage is not None:
+            graphs.append(_row(second, export_second_stage(detector, run.path(second))))
+        for kind in (head, backbone) if config.second_stage is None else (head, backbone, second):
             check_graph(run.path(kind))
     verdicts = [asdict(verdict) for verdict in sparsity_of(run.path("bev_head"))]
     write_json(run.path("export_info"), {"graphs": graphs, "sparsity": verdicts})

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from calib.pool import FrameJob
+from dm3d_deploy.artifacts import write_bytes
 from dm3d_deploy.pruning.normalisation import OutputScale, output_distortion, top_cells
 from dm3d_deploy.stages import RunContext
 
@@ -27,7 +28,11 @@ def frames_of(run: RunContext, role: str) -> tuple[int, ...]:
 def frame_job(
     run: RunContext, kind: str, frames: tuple[int, ...], *, weights: Path, folder: str, settings: Mapping[str, Any]
 ) -> FrameJob:
-    """A job over frames of this run with the weights of a file; `folder` is a name below work/."""
+    """A job over frames of this run with the weights of a file; `folder` is a name below work/.
+
+    A second stage works at the RoIs that the dense detector proposed, once they are there.
+    """
+    rois = run.path("rois")
     return FrameJob(
         kind=kind,
         config_text=run.path("model_config").read_text(encoding="utf-8"),
@@ -35,8 +40,18 @@ def frame_job(
         frames_file=str(run.path("frames").resolve()),
         frames=frames,
         out_dir=str((run.root / "work" / folder).resolve()),
-        settings=dict(settings),
+        settings={**settings, **({"rois": str(rois.resolve())} if rois.is_file() else {})},
     )
+
+
+def propose(run: RunContext, advanced: Callable[[int], None]) -> None:
+    """Write the RoIs that the dense detector proposes in every frame of the run."""
+    frames = tuple(range(len(json.loads(run.path("frames_info").read_text(encoding="utf-8"))["frames"])))
+    job = frame_job(run, "proposals", frames, weights=run.path("dense_weights"), folder=".proposals", settings={})
+    files = run.pool.run(job, advanced=lambda done, _: advanced(done))
+    rois = {str(frame): load_file(file)["rois"] for frame, file in zip(frames, files, strict=True)}
+    write_bytes(run.path("rois"), save(rois))
+    shutil.rmtree(job.out_dir)
 
 
 def outputs_of(

@@ -107,6 +107,8 @@ def frames(run: RunContext) -> None:
         arrays[f"{index}.features"] = voxels.features
         arrays[f"{index}.coords"] = voxels.coords.astype(np.int16)
         arrays[f"{index}.num_points"] = voxels.num_points
+        if voxels.points is not None:
+            arrays[f"{index}.points"] = voxels.points
         if index == shown:
             arrays["shown.points"] = cloud.points
             shown_columns = list(cloud.columns)

@@ -23,7 +23,7 @@ from dm3d_deploy.pruning.patterns import eligible_patterns, is_2_4, ratio_grid, 
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.baseline import PAPER, printed_objective, scores_of
 from dm3d_deploy.steps.candidates import masks_in
-from dm3d_deploy.steps.frame_work import frame_job, frames_of
+from dm3d_deploy.steps.frame_work import frame_job, frames_of, propose
 from dm3d_deploy.steps.layers import (
     group_curves_as_json,
     in_scope,
@@ -45,6 +45,9 @@ def gradients(run: RunContext) -> None:
 
     frames = frames_of(run, "calibration")
     total = 3 * len(frames)  # a gradient frame costs about two plain forwards
+    config = load_config(run.path("model_config"))
+    if config.second_stage is not None:
+        propose(run, lambda done: None)
     job = frame_job(
         run, "outputs", frames, weights=run.path("dense_weights"), folder=".outputs", settings={"pairs": True}
     )
@@ -53,7 +56,7 @@ def gradients(run: RunContext) -> None:
     pairs = [{k.removeprefix("pairs."): v for k, v in frame.items() if k.startswith("pairs.")} for frame in outputs]
     maps = ({k: v for k, v in frame.items() if not k.startswith("pairs.")} for frame in outputs)
     scale = output_scale(maps, run.recipe.box_cells)
-    layers = layers_of(build_detector(load_config(run.path("model_config"))), pairs)
+    layers = layers_of(build_detector(config), pairs)
     for file in files:
         file.unlink()
     layers = _with_voxels_passed_by(run, layers)

@@ -14,8 +14,10 @@ from dm3d_deploy.artifacts import write_bytes, write_json
 from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.detect import VARIANTS, DeployedDetector, load_run
 from dm3d_deploy.evidence import Comparison, Tolerance, compare_arrays
+from dm3d_deploy.geometry.candidates import Located
 from dm3d_deploy.geometry.decode import decoded
 from dm3d_deploy.geometry.matching import BoxTolerance, boxes_comparison
+from dm3d_deploy.geometry.rois import first_stage, rois_from_array
 from dm3d_deploy.pointcloud import Detections, Voxels
 from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.reporting.detection_files import detections_to_json
@@ -52,7 +54,8 @@ def verify(run: RunContext) -> None:
     parity: list[Comparison] = []
     for variant in VARIANTS:
         deployed = load_run(run.root, variant=variant)
-        rows, detections = _compare(deployed, _voxels(run, shown), outputs[variant][shown], run.recipe.precision)
+        rois = _rois(run, shown, deployed.config)
+        rows, detections = _compare(deployed, _voxels(run, shown), rois, outputs[variant][shown], run.recipe.precision)
         parity += rows
         write_json(run.path(f"{variant}_detections"), detections_to_json(detections, frame=label))
         pieces.next_job(1)
@@ -98,28 +101,46 @@ def _voxels(run: RunContext, frame: int) -> Voxels:
         features, coords, num_points = (
             file.get_tensor(f"{frame}.{name}") for name in ("features", "coords", "num_points")
         )
+        points = file.get_tensor(f"{frame}.points") if f"{frame}.points" in file.keys() else None  # noqa: SIM118 - a file
     return Voxels(
-        features=features, coords=coords.astype(np.int32), num_points=num_points, found=len(coords), cutoff_m=np.inf
-    )
+        features=features, coords=coords.astype(np.int32), num_points=num_points, found=len(coords), cutoff_m=np.inf,
+        points=points,
+    )  # fmt: skip
+
+
+def _rois(run: RunContext, frame: int, config: DetectorConfig) -> Located | None:
+    """The dense detector's proposals, at which both sides are compared; None of a detector with one stage."""
+    if config.second_stage is None:
+        return None
+    with safe_open(run.path("rois"), framework="np") as file:
+        return rois_from_array(file.get_tensor(str(frame)), config)
 
 
 def _compare(
-    deployed: DeployedDetector, voxels: Voxels, torch_maps: Maps, precision: str
+    deployed: DeployedDetector, voxels: Voxels, rois: Located | None, torch_maps: Maps, precision: str
 ) -> tuple[list[Comparison], Detections]:
-    """The BEV map, every kind of head output (tasks side by side) and the boxes of one frame, before and after NMS."""
+    """The BEV map, every kind of head output (tasks side by side) and the boxes of one frame, before and after NMS.
+
+    Of two stages the proposals are compared as boxes are, and the second stage at the same RoIs on both sides.
+    """
     names = (f"torch, {deployed.variant}", f"ONNX Runtime, {deployed.variant}")
-    bev = deployed.bev_from_voxels(voxels)
+    bev, maps, _ = deployed.outputs_at(voxels, rois)
     rows = [compare_arrays("BEV map", torch_maps["bev"], bev, names=names, tolerance=BACKBONE_TOLERANCE)]
-    maps = deployed.maps_from_bev(bev)
     heads = {name: array for name, array in torch_maps.items() if name != "bev"}
     for branch in dict.fromkeys(name.split(".", 1)[1] for name in heads):
         tasks = [name for name in heads if name.split(".", 1)[1] == branch]
         reference, candidate = (np.concatenate([found[name] for name in tasks], axis=1) for found in (heads, maps))
         rows.append(compare_arrays(branch, reference, candidate, names=names, tolerance=HEAD_TOLERANCE[precision]))
     every = _without_threshold(deployed.config)
-    expected, found = decoded(heads, every), decoded(maps, every)
-    rows += boxes_comparison([expected], [found], names=names, tolerance=BOX_TOLERANCE[precision], config=every)
-    return rows, deployed.decode(maps)
+    tolerance = BOX_TOLERANCE[precision]
+    if rois is not None:
+        first = first_stage(deployed.config)
+        sides = decoded(heads, first), decoded(maps, first)
+        proposals = boxes_comparison([sides[0]], [sides[1]], names=names, tolerance=tolerance, config=first)
+        rows += [replace(row, output=row.output.replace("boxes", "proposals")) for row in proposals]
+    expected, found = decoded(heads, every, rois), decoded(maps, every, rois)
+    rows += boxes_comparison([expected], [found], names=names, tolerance=tolerance, config=every)
+    return rows, deployed.detect_voxels(voxels)
 
 
 def _without_threshold(config: DetectorConfig) -> DetectorConfig:

@@ -86,6 +86,20 @@ WRONG = [
     ("centerpoint-pillar", "NUM_FILTERS: [64, 64]", "NUM_FILTERS: [63, 64]", "NUM_FILTERS is [63, 64]", "even numbers"),
     ("centerpoint-pillar", "UPSAMPLE_STRIDES: [0.5, 1, 2]", "UPSAMPLE_STRIDES: [0.7, 1, 2]", "UPSAMPLE_STRIDES[0] is 0.7", "one over a whole number: 0.5, 0.25"),
     ("centerpoint-pillar", "UPSAMPLE_STRIDES: [0.5, 1, 2]", "UPSAMPLE_STRIDES: [0.5, 2, 2]", "does not bring the blocks to one size", "write ["),
+    ("pv-rcnn", "NAME: PVRCNNHead", "NAME: PartA2FCHead", "MODEL.ROI_HEAD.NAME is 'PartA2FCHead', which is no supported ROI_HEAD module", "known: PVRCNNHead"),
+    ("voxel-rcnn", "NAME: VoxelRCNNHead", "NAME: VoxelRCNNHeads", "MODEL.ROI_HEAD.NAME is 'VoxelRCNNHeads', which is no supported ROI_HEAD module", "did you mean 'VoxelRCNNHead'?"),
+    ("pv-rcnn", "NAME: PointHeadSimple", "NAME: PointHeadBox", "MODEL.POINT_HEAD.NAME is 'PointHeadBox', which is no supported POINT_HEAD module", "PointHeadSimple"),
+    ("pv-rcnn", "SAMPLE_METHOD: FPS", "SAMPLE_METHOD: SPC", "MODEL.PFE.SAMPLE_METHOD is 'SPC', which is no supported way to sample", "FPS"),
+    ("pv-rcnn", "POINT_SOURCE: raw_points", "POINT_SOURCE: voxel_centers", "POINT_SOURCE is 'voxel_centers', which is no supported source of keypoints", "raw_points"),
+    ("pv-rcnn", "FEATURES_SOURCE: [bev, ", "FEATURES_SOURCE: [bev, bev, ", "FEATURES_SOURCE is bev, bev,", "name each source once"),
+    ("pv-rcnn", "DOWNSAMPLE_FACTOR: 4", "DOWNSAMPLE_FACTOR: 2", "SA_LAYER.x_conv3.DOWNSAMPLE_FACTOR is 2, but x_conv3 has 4", "write 4"),
+    ("pv-rcnn", "USE_POINT_FEATURES_BEFORE_FUSION: true", "USE_POINT_FEATURES_BEFORE_FUSION: false", "is False, which is not read here", "write True"),
+    ("voxel-rcnn", "CLASS_AGNOSTIC: true", "CLASS_AGNOSTIC: false", "MODEL.ROI_HEAD.CLASS_AGNOSTIC is False, and one score for all classes is read", "write True"),
+    ("voxel-rcnn", "POOL_METHOD: max_pool", "POOL_METHOD: avg_pool", "POOL_LAYERS.x_conv2.POOL_METHOD is 'avg_pool', which is no supported way to pool", "max_pool"),
+    ("voxel-rcnn", "- [32, 32]", "- [32]", "POOL_LAYERS.x_conv2.MLPS has a grouping without two widths", "within and behind the maximum"),
+    ("voxel-rcnn", "FEATURES_SOURCE: [x_conv2, ", "FEATURES_SOURCE: [x_conv2, x_conv2, ", "ROI_GRID_POOL.FEATURES_SOURCE is x_conv2, x_conv2,", "name each source once"),
+    ("voxel-rcnn", "{NMS_TYPE: nms_gpu, MULTI_CLASSES_NMS: false, NMS_THRESH: 0.7", "{NMS_TYPE: nms_gpu, MULTI_CLASSES_NMS: true, NMS_THRESH: 0.7", "NMS_CONFIG.TEST.MULTI_CLASSES_NMS is True, and proposals of all classes suppress each other", "write False"),
+    ("voxel-rcnn", "POOL_RADIUS: [0.4]", "POOL_RADIUS: [0.4, 0.8]", "POOL_RADIUS must be a list of 1, not a list of 2", "give 1"),
 ]  # fmt: skip
 
 
