@@ -192,7 +192,7 @@ def boxes_comparison(
         task with no lower score overlaps it beyond the NMS threshold, or NMS stopped at `nms_pre` or `nms_post`. Then
         the detector agrees, and rounding turned NMS at its margin.
     No matched box at all fails, and so does NaN. The numbers of a comparison are those of the matched centres; `detail`
-    counts boxes and excuses.
+    counts boxes and excuses, and says of which class and at what range those are that stand alone.
     """
     tasks = enumerate(config.nms_groups)
     task_by_name = {name: task for task, of_task in tasks for name in of_task}
@@ -315,8 +315,24 @@ def _judged(output: str, frames: Sequence[_Frame], names: tuple[str, str], toler
         tolerance=", ".join(f"{limit} <= {getattr(tolerance, limit):g}" for limit in LIMIT_OF.values()),
         passed=matched > 0 and not accused,
         detail=f"{matched} matched, {missing}, {extra}; "
-        + (f"largest difference: {largest}" if matched else "no evidence"),
+        + (f"largest difference: {largest}" if matched else "no evidence")
+        + _where(frames),
     )
+
+
+def _where(frames: Sequence[_Frame]) -> str:
+    """Like "; missing and extra by class and range: car 15 to 30 m 2 and 0"; nothing where no box stands alone."""
+    counts: dict[tuple[str, float, float], tuple[int, int]] = {}
+    for frame in frames:
+        for row in by_class_and_range(frame.matching, frame.a, frame.b):
+            missing, extra = counts.get((row.class_name, row.from_m, row.to_m), (0, 0))
+            counts[row.class_name, row.from_m, row.to_m] = missing + row.missing, extra + row.extra
+    parts = [
+        f"{name} {f'{low:g} to {high:g} m' if math.isfinite(high) else f'beyond {low:g} m'} {missing} and {extra}"
+        for (name, low, high), (missing, extra) in counts.items()
+        if missing or extra
+    ]
+    return f"; missing and extra by class and range: {', '.join(parts)}" if parts else ""
 
 
 def _counted(word: str, excuses: Sequence[np.ndarray]) -> str:

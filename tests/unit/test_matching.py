@@ -251,6 +251,9 @@ def test_every_frame_is_judged() -> None:
     assert [(row.passed, row.frames, row.worst[:14]) for row in rows] == [(False, 2, "frame 1: extra")] * 2
 
 
+ABSENT = "car 30 to 50 m 1 and 1, bus 30 to 50 m 1 and 0"
+
+
 def test_a_missing_box_fails_and_the_highest_score_is_named() -> None:
     a = side(ANCHOR, {"at": (30, 0, 0), "score": 0.5}, {"at": (0, 30, 1), "score": 0.7, "kind": "bus"})
     for found in judge(a, side(ANCHOR, {"at": (32, 0, 0), "score": 0.6})):
@@ -258,6 +261,7 @@ def test_a_missing_box_fails_and_the_highest_score_is_named() -> None:
         said = "frame 0: missing bus 0.7000 at (0.00, 30.00, 1.00) m; the other side has none of its class"
         assert found.worst == said
         assert "1 matched, 2 missing (0 excused), 1 extra (0 excused)" in found.detail
+        assert found.detail.endswith("; missing and extra by class and range: " + ABSENT)
     assert all(row.worst.startswith("frame 0: extra bus") for row in judge(side(ANCHOR), a))
     for row in judge(side(ANCHOR), side(ANCHOR, {"at": (30, 0, 0)})):
         assert row.worst.endswith("extra car 0.8000 at (30.00, 0.00, 0.00) m; the nearest of its class lies 20 m away")
