@@ -61,17 +61,21 @@ def voxel_neighbours(
 
     `cells` and `place_cells` are (z, y, x); a place may lie outside the grid. `centres` are those of the sites (m).
     """
-    table = np.full(shape_zyx, -1, dtype=np.int32)
-    table[cells[:, 0], cells[:, 1], cells[:, 2]] = np.arange(len(cells), dtype=np.int32)
     limit = np.float32(grouping.radius_m) * np.float32(grouping.radius_m)
-    reach = grouping.reach_zyx or (0, 0, 0)
+    reach = np.array(grouping.reach_zyx or (0, 0, 0))
+    margin = 2 * reach  # so that no step from a place within reach of the grid leaves the table or its row
+    padded = np.array(shape_zyx) + 2 * margin
+    steps = np.array([padded[1] * padded[2], padded[2], 1])
+    table = np.full(padded.prod(), -1, dtype=np.int32)
+    table[(cells + margin) @ steps] = np.arange(len(cells), dtype=np.int32)
+    inside = np.flatnonzero(((place_cells >= -reach) & (place_cells < np.array(shape_zyx) + reach)).all(axis=1))
+    at = (place_cells[inside] + margin) @ steps
     parts = []
-    for dz, dy, dx in itertools.product(*(range(-span, span + 1) for span in reach)):
-        z, y, x = place_cells[:, 0] + dz, place_cells[:, 1] + dy, place_cells[:, 2] + dx
-        inside = (z >= 0) & (z < shape_zyx[0]) & (y >= 0) & (y < shape_zyx[1]) & (x >= 0) & (x < shape_zyx[2])
-        place = np.flatnonzero(inside)
-        site = table[z[place], y[place], x[place]]
-        place, site = place[site >= 0], site[site >= 0].astype(np.int64)
+    for step in itertools.product(*(range(-span, span + 1) for span in reach)):
+        beside = at + np.array(step) @ steps
+        site = table[beside]
+        found = np.flatnonzero(site >= 0)
+        place, site = inside[found], site[found].astype(np.int64)
         near = _squared(centres[site] - places[place]) <= limit
         parts.append((place[near], site[near]))
     place, site = (np.concatenate(side) for side in zip(*parts, strict=True))

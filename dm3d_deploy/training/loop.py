@@ -163,7 +163,7 @@ def train_detector(
     `losses` are minimised, by default those of labels; they see columns scaled by `column_scale`. `after_step` runs
     behind every update: pruned weights are put back to zero there. `score` rates the detector every
     `settings.score_every_s` seconds of work, and changes nothing. Raises TrainingDiverged when a loss is no number any
-    more, UsageError for a sparse head, and OutputError when a disk is full: the last checkpoint stays whole.
+    more, UsageError as `check_trainable` does, and OutputError when a disk is full: the last checkpoint stays whole.
     """
     team = team or Team()
     with disk_errors(out):
@@ -197,10 +197,15 @@ def train_detector(
 
 
 def check_trainable(config: DetectorConfig) -> None:
-    """UsageError for a detector whose head nothing here makes targets for."""
+    """UsageError for a detector with a head or a stage that nothing here makes targets for."""
     if isinstance(config.head, CenterHeadConfig) and config.head.sparse:
         raise UsageError(
             f"{config.name} has a sparse head, and no targets are made here for its active cells.",
+            fix="train it with OpenPCDet; --recover reconstruct needs no training",
+        )
+    if config.second_stage is not None:
+        raise UsageError(
+            f"{config.name} has a second stage, and no targets are made here for its RoIs.",
             fix="train it with OpenPCDet; --recover reconstruct needs no training",
         )
 

@@ -16,7 +16,7 @@ from dm3d_deploy.config import load_config
 from dm3d_deploy.detect import load_run
 from dm3d_deploy.detect_in_torch import detect_in_torch
 from dm3d_deploy.detect_two_stage import GEOMETRY, TwoStageDeployed
-from dm3d_deploy.errors import EngineError, ExportError, InternalError
+from dm3d_deploy.errors import EngineError, ExportError, InternalError, UsageError
 from dm3d_deploy.geometry.decode import decoded
 from dm3d_deploy.geometry.rois import array_from_rois, rois_from_array, second_maps
 from dm3d_deploy.geometry.voxelize import voxelize
@@ -32,6 +32,7 @@ from dm3d_deploy.pruning.groups import channel_groups
 from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import native_from_taps, taps_from_native
 from dm3d_deploy.steps.layers import layers_of
+from dm3d_deploy.training.loop import check_trainable
 from engines.onnx_runtime import open_session
 from exporters.backbone3d import export_backbone3d
 from exporters.bev_head import export_bev_head
@@ -129,6 +130,11 @@ def test_layers_are_counted_and_their_weights_turned_to_matrices_and_back(name):
     written = {slot.layer for group in groups for slot in group.written}
     assert "backbone_3d.conv3.1.0" in written
     assert not written & ({*second} | {f"backbone_3d.conv{i}.2.0" for i in (2, 3, 4)} | {"backbone_3d.conv_out.0"})
+
+
+def test_training_them_is_refused():
+    with pytest.raises(UsageError, match="small-pv-rcnn has a second stage, and no targets are made here for its RoIs"):
+        check_trainable(variant("pv-rcnn"))
 
 
 def test_a_linear_weight_of_extent_two_is_refused():
