@@ -10,7 +10,7 @@ import numpy as np
 
 from calib.calibration_set import load_frame, plan_frames
 from dm3d_deploy.artifacts import write_json
-from dm3d_deploy.config import load_config
+from dm3d_deploy.config import CenterHeadConfig, DetectorConfig, load_config
 from dm3d_deploy.device import device_named, devices_from
 from dm3d_deploy.errors import FrameError, UsageError
 from dm3d_deploy.geometry.voxelize import voxelize
@@ -48,6 +48,7 @@ def profile_for_build(
 
     UsageError where the device is not one, and where file and build differ in layers or precision.
     """
+    check_profiled(detector.config)
     named = recipe.profile if recipe.profile is not None else _only_device(recipe.device)
     if Path(named).suffix != ".json":
         profile = estimated_profile(
@@ -62,6 +63,16 @@ def profile_for_build(
             fix=f"build with --precision {profile.precision}, or profile in {recipe.precision}",
         )
     return profile
+
+
+def check_profiled(config: DetectorConfig) -> None:
+    """UsageError for a detector whose layers have no times of their own."""
+    if isinstance(config.head, CenterHeadConfig) and config.head.sparse:
+        raise UsageError(
+            f"there is no profile of {config.name}: nobody published times of a sparse head or of stages added up, and "
+            "its layers are not timed one by one here.",
+            fix="count multiplications (--cost macs or executed); bench times the whole",
+        )
 
 
 def _only_device(names: str) -> str:
@@ -117,6 +128,7 @@ def profile(
     if repeats < 1:
         raise UsageError(f"--repeats is {repeats}.", fix="give at least 1")
     config = load_config(model)
+    check_profiled(config)
     detector = build_detector(config)
     seed_weights(detector, seed)
     clouds = _frames(model, frames, seed)

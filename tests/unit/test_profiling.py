@@ -117,6 +117,12 @@ def test_pillars_are_measured_here_by_their_whole_graph(tmp_path) -> None:
     assert any(note.startswith("the pillars' graph as a whole") for note in found.notes)
 
 
+@pytest.mark.parametrize("device", ["here", "orin"])
+def test_a_sparse_head_has_no_profile(device: str, tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"no profile of voxelnext: nobody published .*Fix: count multiplications"):
+        profile("voxelnext", device=device, out=tmp_path / "p.json")
+
+
 def test_a_stride_reads_more_cells_than_it_writes() -> None:
     detector, layers = tiny_layers()
     cells = cells_read(detector, layers)
