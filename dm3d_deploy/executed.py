@@ -24,6 +24,7 @@ from dm3d_deploy.stages import FILES
 from dm3d_deploy.steps.layers import PARTS_OF_SCOPE, read_layers
 from engines.sparse3d.onnx_reader import read_backbone
 from engines.sparse3d.packing import tiled_weights
+from engines.sparse3d.plan_file import read_plan
 from exporters.graph_checks import sparsity_of
 
 CHOSEN_BY_THE_BUILDER = "2:4 legal; whether a builder chooses it is not measured"
@@ -111,6 +112,11 @@ def main() -> None:
     dense = sum(row.dense_macs for row in rows)
     found, claimed = sum(row.found_macs for row in rows), sum(row.claimed_macs for row in rows)
     print(f"{'both backbones':34} {found / dense:7.4f}, claimed {claimed / dense:7.4f}")
+    plan = Path(sys.argv[1]) / FILES["plan"]
+    if plan.is_file():
+        cost = read_plan(plan).meta["cost"]
+        share = cost["multiplications"] / cost["dense_multiplications"]
+        print(f"{'3D plan, padding in both':34} {share:7.4f} of its multiplications with nothing pruned")
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ def padding_words(report: Mapping[str, Any]) -> str:
         return ""
     return (
         f"With padding, the 3D plan multiplies {scaled(plan['multiplications'])} a frame, "
-        f"{percent(plan_share(plan))} of the {scaled(plan['dense_multiplications'])} of a plan with nothing pruned. "
-        f"Executed MACs ({scaled(macs['executed'])}, {percent(share_of(macs, 'executed'))}) count the pairs of sites "
+        f"{percent(plan_share(plan))} of the {scaled(plan['dense_multiplications'])} of a plan with nothing pruned: "
+        f"{significant(plan['multiplications'] / macs['executed'])} times its executed MACs. "
+        f"Those ({scaled(macs['executed'])}, {percent(share_of(macs, 'executed'))}) count the pairs of sites "
         "that meet; the kernels multiply blocks of 64 rows at every tap that one of the rows needs, and fill channels "
         "up to whole tiles of 16 or 32."
     )

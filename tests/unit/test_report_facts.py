@@ -84,9 +84,9 @@ def test_the_padding_of_the_3d_plan_stands_beside_the_executed_macs() -> None:
     report = sample_report()
     macs = report["macs"]["by_part"]["3d"]
     words = facts.padding_words(report)
-    assert "multiplies 21.4 G a frame, 49.1 % of the 43.6 G of a plan with nothing pruned" in words
-    share = facts.percent(facts.share_of(macs, "executed"))
-    assert f"Executed MACs ({facts.scaled(macs['executed'])}, {share}) count the pairs" in words
+    assert "multiplies 21.4 G a frame, 49.1 % of the 43.6 G of a plan with nothing pruned: " in words
+    share, times = facts.percent(facts.share_of(macs, "executed")), facts.significant(21.4e9 / macs["executed"])
+    assert f": {times} times its executed MACs. Those ({facts.scaled(macs['executed'])}, {share}) count" in words
     assert "21.4 G of 43.6 G multiplications with padding (49.1 %)" in facts.plan_words(report["plan"])
     assert "blocks of 64 rows" in render_html(report)
     assert "blocks of 64 rows" not in render_html({**report, "plan": None})
