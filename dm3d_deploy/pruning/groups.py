@@ -85,6 +85,7 @@ class _Walk:
         self.stream = self.write(layer)
 
 
+ADDED_UP = ("conv4", "conv5", "conv6")
 SECOND_STAGE = ("pfe.", "point_head.", "roi_head.")
 
 
@@ -92,14 +93,15 @@ def channel_groups(layers: Sequence[Layer]) -> tuple[ChannelGroup, ...]:
     """The groups of a detector from its layers in forward order; what no layer reads (final outputs) is in none.
 
     A second stage stays whole, and so do the channels that it reads: those behind each stage of the sparse backbone.
+    Where stages are added up (VoxelNeXt) the sum keeps its channels, and so does what the head reads.
     """
     first = [layer for layer in layers if not layer.name.startswith(SECOND_STAGE)]
     groups = _walked(first)
-    if len(first) == len(layers):
-        return groups
     last = {layer.name.split(".")[1]: layer.name for layer in first if layer.part == "3d"}
-    read = {slot.layer for group in groups for slot in group.written} & set(last.values())
-    return tuple(group for group in groups if not read & {slot.layer for slot in group.written})
+    whole = set(last.values()) if len(first) < len(layers) else set()
+    if ADDED_UP[-1] in last:
+        whole = {last[stage] for stage in ADDED_UP}
+    return tuple(group for group in groups if not whole & {slot.layer for slot in group.written})
 
 
 def _walked(layers: Sequence[Layer]) -> tuple[ChannelGroup, ...]:

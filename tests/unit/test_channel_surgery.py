@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from models_sample import small_config, small_scene
+from zoo_sample import small_cloud_points, variant
 
 from dm3d_deploy.config import load_config
 from dm3d_deploy.errors import CheckpointError, InternalError
+from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.models.checkpoints import read_tensors, save_weights
-from dm3d_deploy.models.detector import build_detector, prunable_layers, sparse_pair_counts
+from dm3d_deploy.models.detector import build_detector, prunable_layers, sparse_pair_counts, tensors_from_voxels
 from dm3d_deploy.models.seeded import seed_weights
 from dm3d_deploy.models.surgery import detector_of_weights, smaller_detector
+from dm3d_deploy.pointcloud import PointCloud
 from dm3d_deploy.pruning.channels import channel_mask
 from dm3d_deploy.pruning.groups import channel_groups, kept_sides
 from dm3d_deploy.steps.layers import layers_of
@@ -69,6 +72,23 @@ def assert_equal(found, expected):
     assert list(found) == list(expected)
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), name
+
+
+def test_stages_that_are_added_up_stay_whole_and_pointwise_layers_lose_channels():
+    config = variant("voxelnext")
+    detector = seeded(config)
+    cloud = PointCloud(points=small_cloud_points(5), columns=config.voxels.columns)
+    features, coords = tensors_from_voxels(voxelize(cloud, config))
+    layers, groups = layers_and_groups(detector, coords)
+    written = {slot.layer for group in groups for slot in group.written}
+    ends = [f"backbone_3d.{stage}.{end}" for stage in ("conv4", "conv5", "conv6") for end in ("0.0", "1.conv2")]
+    assert not written & set(ends)
+    assert {"backbone_3d.conv_out.0", "backbone_3d.conv6.1.conv1", "dense_head.heads_list.5.hm.0.0"} <= written
+    keep = random_keep(groups, 0)
+    smaller = small(detector, layers, groups, keep)
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in detector.parameters())
+    with torch.no_grad():
+        assert_equal(smaller(features, coords), masked(detector, layers, groups, keep)(features, coords))
 
 
 @pytest.mark.parametrize("seed", range(8))
