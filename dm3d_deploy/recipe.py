@@ -136,10 +136,10 @@ class Recipe:
         return f"{self.target_ms:g}ms" if self.target_ms is not None else f"distortion{self.max_distortion:g}"
 
     def _check_method(self) -> None:
-        if self.patterns == "channels" and (self.cost != "executed" or self.target is None):
+        if self.patterns == "channels" and (self.cost == "macs" or self.max_distortion is not None):
             raise UsageError(
-                "--patterns channels takes channels and blocks whole, by a share of the executed MACs only.",
-                fix="give --target 0.5 and --cost executed",
+                "--patterns channels takes channels and blocks whole, by executed MACs or by a time only.",
+                fix="give --target 0.5 and --cost executed, or --target 25ms",
             )
         if self.method != "dm3d" and (self.target is None or self.cost != "macs"):
             raise UsageError(

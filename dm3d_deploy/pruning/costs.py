@@ -13,16 +13,17 @@ from dm3d_deploy.pruning.contracts import Choice, Cost, Layer, Unit
 from dm3d_deploy.pruning.profiles import LayerTimes, Profile
 
 UNIT_OF: dict[Cost, Unit] = {"macs": "macs", "executed": "executed", "latency": "ms"}
-LEFT_OUT_WHOLE = ("tile",)  # patterns whose zeros are never multiplied: nominal and executed MACs are the same
+# What is never multiplied: nominal and executed MACs are the same.
+LEFT_OUT_WHOLE = ("tile", "channel", "depth")
 TWO_FOUR_SHARE = 0.5
 
 
 def executed_of_choice(layer: Layer, choice: Choice) -> float:
     """MACs per frame that hardware runs for a choice: `macs.executed_macs` of its mask, known without the mask.
 
-    Dense and unstructured run everything, 2:4 one half, tiles what they keep: whole tiles.
+    Dense and unstructured run everything, 2:4 one half; tiles, channels and blocks go whole.
     """
-    if choice.ratio == 0 or choice.pattern in ("dense", "unstructured", "channel"):
+    if choice.pattern in ("dense", "unstructured") or (choice.ratio == 0 and choice.pattern in ("2:4", "tile")):
         return layer.macs
     if choice.pattern == "2:4":
         return TWO_FOUR_SHARE * layer.macs

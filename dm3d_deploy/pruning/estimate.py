@@ -63,10 +63,15 @@ def estimated_profile(
 
 
 def _sparse_times(layer: Layer, ms: float) -> LayerTimes:
-    """A sparse layer's part of its stage; tiles that are left out take their share with them."""
+    """A sparse layer's part of its stage; tiles and channels that are left out take their share with them."""
     line = TimeCurve(share=np.array([0.0, 1.0]), ms=np.array([0.0, ms]))
     return LayerTimes(
-        layer=layer.name, part=layer.part, kind=layer.kind, shape=layer.shape, dense_ms=ms, curves={"tile": line}
+        layer=layer.name,
+        part=layer.part,
+        kind=layer.kind,
+        shape=layer.shape,
+        dense_ms=ms,
+        curves={"tile": line, "channel": line},
     )
 
 

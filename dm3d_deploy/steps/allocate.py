@@ -24,7 +24,7 @@ from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.baseline import baseline_allocation
 from dm3d_deploy.steps.candidates import Candidate, candidates_of, verified
 from dm3d_deploy.steps.layers import allocation_as_json, in_scope, read_layers
-from dm3d_deploy.steps.slim import slim_candidates
+from dm3d_deploy.steps.slim import slim_candidates, timed_candidates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +53,8 @@ def allocate(run: RunContext) -> None:
     offer = offer_of(run, curves)
     profile = profile_of(run)
     prices = prices_of(recipe, offer, profile)
-    if recipe.method == "dm3d" and recipe.cost == "executed" and recipe.patterns != "unstructured":
-        found = _executed(run, curves, offer, prices)
+    if recipe.method == "dm3d" and recipe.cost != "macs" and recipe.patterns != "unstructured":
+        found = _with_whole(run, curves, offer, prices, profile)
     elif recipe.method == "dm3d":
         found = candidates_of(recipe, offer.items, lambda items, limit: _solve(recipe, items, prices, limit))
     else:
@@ -75,22 +75,29 @@ def allocate(run: RunContext) -> None:
     )
 
 
-def _executed(run: RunContext, curves: Sequence[Curve], offer: Offer, prices: Prices) -> list[Candidate]:
+def _with_whole(
+    run: RunContext, curves: Sequence[Curve], offer: Offer, prices: Prices, profile: Profile | None
+) -> list[Candidate]:
     """Candidates by what hardware runs: patterns alone where the devices have some, and channels and blocks."""
     recipe = run.recipe
     offered = {cast(Pattern, pattern) for device in devices_from(recipe.device) for pattern in device.patterns}
     mixed = recipe.patterns == "auto" and bool(offered)
     found: list[Candidate] = []
     refused: InfeasibleBudget | None = None
-    if mixed or recipe.target is None:
+    if mixed or recipe.max_distortion is not None or (recipe.patterns == "auto" and profile is not None):
         try:
             found += candidates_of(recipe, offer.items, lambda items, limit: _solve(recipe, items, prices, limit))
         except InfeasibleBudget as error:
             refused = error
-    if recipe.target is None:
+    if recipe.max_distortion is not None:
         return found  # within a distortion: patterns only
+    budget = _budget(recipe, prices.dense)
     try:
-        found += slim_candidates(run, curves, offered, _budget(recipe, prices.dense), mixed=mixed)
+        found += (
+            slim_candidates(run, curves, offered, budget, mixed=mixed)
+            if profile is None
+            else timed_candidates(run, profile, budget)
+        )
     except InfeasibleBudget as error:
         refused = error
     if not found and refused is not None:

@@ -20,19 +20,21 @@ from dm3d_deploy.errors import InfeasibleBudget
 from dm3d_deploy.pruning.allocation import allocate, items_for
 from dm3d_deploy.pruning.channels import GroupCurve, Slimming, slimmed
 from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Curve, Layer, Pattern
-from dm3d_deploy.pruning.costs import executed_costs
+from dm3d_deploy.pruning.costs import executed_costs, time_costs
 from dm3d_deploy.pruning.curves import pruned_counts
 from dm3d_deploy.pruning.groups import ChannelGroup, channel_groups
 from dm3d_deploy.pruning.macs import macs_of_counts
 from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.pruning.patterns import eligible_patterns, prune_step
+from dm3d_deploy.pruning.profiles import LayerTimes, Profile
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.candidates import Candidate
 from dm3d_deploy.steps.frame_work import Pieces, distortions, frames_of, outputs_of
 from dm3d_deploy.steps.layers import in_scope, read_group_curves, read_layers
 
 BLOCK_FRAMES = 2
+TIME_BISECTIONS = 12
 # Of the way from the dense cost to the target, on a logarithmic scale: what channels save before patterns do the rest.
 CHANNELS_FIRST = (0.35, 0.7)
 
@@ -55,19 +57,61 @@ def slim_candidates(
 
     InfeasibleBudget when even the narrowest widths without any block cost more.
     """
+    whole, scores = _whole(run), {}
+    if mixed:
+        with safe_open(run.path("scores"), framework="np") as file:
+            scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a mapping
+    return candidates_within(whole, budget, curves=curves, offered=offered if mixed else set(), scores=scores)
+
+
+def timed_candidates(run: RunContext, profile: Profile, budget: Budget) -> list[Candidate]:
+    """Channels and blocks within a time: of the widths by MACs those with the largest share whose layers are in time.
+
+    Only what narrower layers in scope take less is counted as saved. InfeasibleBudget when no widths are fast enough.
+    """
+    whole, times = _whole(run), profile.times()
+    dense_macs = math.fsum(layer.macs for layer in whole.layers)
+    found = []
+    for blocks in (True, False) if whole.blocks else (False,):
+        best: Allocation | None = None
+        low, high, share = 0.0, 1.0, 1.0
+        for _ in range(TIME_BISECTIONS):
+            widths = _slimmed(whole, share * dense_macs, blocks=blocks)
+            choices, took_ms = ((), 0.0) if widths is None else _timed(whole, widths, times, budget)
+            fits = took_ms <= budget.limit
+            if widths is not None and fits:
+                best = replace(_allocation(choices, widths, budget, took_ms), lower_bound=0.0)
+            low, high = (share, high) if fits else (low, share)
+            share = (low + high) / 2
+        if best is not None:
+            found.append(Candidate(name="channels and blocks" if blocks else "channels", allocation=best))
+    if not found:
+        raise _too_slow(budget, _timed(whole, _narrowest(whole), times, budget)[1])
+    return found
+
+
+def _timed(
+    whole: Whole, found: Slimming, times: Mapping[str, LayerTimes], budget: Budget
+) -> tuple[tuple[Choice, ...], float]:
+    """The choices that widths are, and the network's milliseconds with them."""
+    narrow = Narrowing(whole.every, whole.curves, found.widths, found.dropped)
+    choices = tuple(_whole_choice(narrow, layer) for layer in whole.layers)
+    saved = math.fsum(
+        times[layer.name].dense_ms - float(time_costs(times[layer.name], layer, (choice,))[0])
+        for layer, choice in zip(whole.layers, choices, strict=True)
+    )
+    return choices, budget.denominator - saved
+
+
+def _whole(run: RunContext) -> Whole:
     every = read_layers(run.path("layers"))
-    whole = Whole(
+    return Whole(
         every=every,
         layers=in_scope(every, run.recipe.scope),
         groups=channel_groups(every),
         curves=read_group_curves(run.path("channels")),
         blocks=block_distortions(run, in_scope(every, run.recipe.scope)),
     )
-    scores = {}
-    if mixed:
-        with safe_open(run.path("scores"), framework="np") as file:
-            scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a mapping
-    return candidates_within(whole, budget, curves=curves, offered=offered if mixed else set(), scores=scores)
 
 
 def candidates_within(
@@ -207,9 +251,24 @@ def block_distortions(run: RunContext, layers: Sequence[Layer]) -> dict[str, flo
     return losses
 
 
-def _out_of_reach(whole: Whole, budget: Budget) -> InfeasibleBudget:
+def _narrowest(whole: Whole) -> Slimming:
+    """Every group at its least width, and no residual block."""
     widths = {name: int(curve.widths[-1]) for name, curve in whole.curves.items()}
-    narrow = Narrowing(whole.every, whole.curves, widths, tuple(whole.blocks))
+    return Slimming(widths=widths, dropped=tuple(whole.blocks), distortion=0.0, cost=0.0, lower_bound=0.0)
+
+
+def _too_slow(budget: Budget, least_ms: float) -> InfeasibleBudget:
+    return InfeasibleBudget(
+        f"The target of {budget.limit:.4g} ms cannot be reached: at the narrowest widths and without residual blocks, "
+        f"{least_ms:.4g} ms of {budget.denominator:.4g} ms are left.",
+        fix=f"raise --target to {math.ceil(least_ms * 1e3) / 1e3:.3f}ms or more",
+        cheapest=least_ms / budget.denominator,
+    )
+
+
+def _out_of_reach(whole: Whole, budget: Budget) -> InfeasibleBudget:
+    least = _narrowest(whole)
+    narrow = Narrowing(whole.every, whole.curves, least.widths, least.dropped)
     left = math.fsum(0.0 if narrow.gone(layer) else narrow.of(layer).macs for layer in whole.layers)
     share = left / budget.denominator
     return InfeasibleBudget(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dm3d_deploy.errors import UsageError
+from dm3d_deploy.errors import InfeasibleBudget, UsageError
 from dm3d_deploy.pruning.channels import GroupCurve, widths_of
 from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Layer
+from dm3d_deploy.pruning.costs import planned_time
+from dm3d_deploy.pruning.groups import channel_groups
 from dm3d_deploy.pruning.macs import executed_macs, kept_macs
 from dm3d_deploy.pruning.masks import masked_state, masks_of
 from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.pruning.patterns import is_2_4, prune_step, taps_from_native
+from dm3d_deploy.pruning.profiles import LayerTimes, Profile, TimeCurve
 from dm3d_deploy.recipe import Recipe
+from dm3d_deploy.steps import slim
 from dm3d_deploy.steps.slim import narrowed_items
 
 
@@ -114,10 +118,10 @@ def test_a_block_whose_second_convolution_keeps_nothing_adds_nothing():
     assert masked_state(state, {"b.conv2": np.array([True, False, False])})["b.bn2.bias"].all()
 
 
-def test_channels_are_counted_in_executed_macs_only():
-    with pytest.raises(UsageError, match="by a share of the executed MACs only") as caught:
+def test_channels_are_counted_in_executed_macs_or_time():
+    with pytest.raises(UsageError, match="by executed MACs or by a time only") as caught:
         Recipe(model="centerpoint", target=0.5, patterns="channels")
-    assert caught.value.fix == "give --target 0.5 and --cost executed"
+    assert caught.value.fix == "give --target 0.5 and --cost executed, or --target 25ms"
     assert Recipe(model="centerpoint", target=0.5, patterns="channels", cost="executed").patterns == "channels"
 
 
@@ -137,3 +141,30 @@ def test_choices_of_a_narrow_layer_cost_what_their_masks_keep(pattern):
     kept = np.square(scored).sum() / np.square(SCORES[layer.name]).sum()
     assert [item.distortion for item in items] == [pytest.approx(kept)] * 3
     assert narrowed_items(layer, layer, whole, SCORES[layer.name], SCORES[layer.name]) == tuple(whole)
+
+
+def test_widths_within_a_time_take_it_by_the_profile(monkeypatch):
+    """Each layer here takes a millisecond, in proportion to its multiplications, and two are fixed."""
+    line = TimeCurve(share=np.array([0.0, 1.0]), ms=np.array([0.0, 1.0]))
+    times = tuple(
+        LayerTimes(layer=x.name, part=x.part, kind=x.kind, shape=x.shape, dense_ms=1.0, curves={"channel": line})
+        for x in LAYERS
+    )
+    profile = Profile(
+        standing="estimated", device="d", model="m", precision="fp16", voxels=1, clock="c", band={},
+        fixed_ms={"2d": 2.0}, layers=times, stamp={}, notes=(),
+    )  # fmt: skip
+    scope = LAYERS[:2]
+    whole = slim.Whole(every=LAYERS, layers=scope, groups=channel_groups(LAYERS), curves=CURVES, blocks={})
+    monkeypatch.setattr(slim, "_whole", lambda run: whole)
+    for limit in (6.0, 5.2, 4.7):
+        budget = Budget(value=limit / 6, denominator=6.0, unit="ms")
+        (found,) = slim.timed_candidates(None, profile, budget)
+        narrow = Narrowing(LAYERS, CURVES, found.allocation.widths)
+        by_hand = 2 + sum(narrow.of(layer).macs / layer.macs for layer in scope) + 2  # the other two layers stay
+        assert found.allocation.cost == pytest.approx(by_hand)
+        assert limit - 0.4 < by_hand <= limit + 1e-9
+        assert planned_time(profile, scope, found.allocation.choices)["planned_ms"] == pytest.approx(by_hand)
+    with pytest.raises(InfeasibleBudget, match="target of 2 ms cannot be reached: at the narrowest widths") as caught:
+        slim.timed_candidates(None, profile, Budget(value=2 / 6, denominator=6.0, unit="ms"))
+    assert caught.value.cheapest > 2 / 6
