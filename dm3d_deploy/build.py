@@ -77,6 +77,7 @@ def build(
     eye: Watch = watch if watch is not None else Silent()
     load_config(recipe.model)  # a mistyped name is told before minutes of work, and leaves no folder
     devices_from(recipe.device)
+    outside_digest("profile", recipe)
     _refuse_foreign_folder(root, recipe)
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ def timed_candidates(run: RunContext, profile: Profile, budget: Budget) -> list[
             choices, took_ms = ((), 0.0) if widths is None else _timed(whole, widths, times, budget)
             fits = took_ms <= budget.limit
             if widths is not None and fits:
-                best = replace(_allocation(choices, widths, budget, took_ms), lower_bound=0.0)
+                best = replace(_allocation(whole, choices, widths, budget, took_ms), lower_bound=0.0)
             low, high = (share, high) if fits else (low, share)
             share = (low + high) / 2
         if best is not None:
@@ -146,7 +146,7 @@ def _channels_only(whole: Whole, budget: Budget, blocks: bool) -> Candidate | No
     choices = tuple(_whole_choice(narrow, layer) for layer in whole.layers)
     return Candidate(
         name="channels and blocks" if blocks else "channels",
-        allocation=_allocation(choices, found, budget, math.fsum(choice.cost for choice in choices)),
+        allocation=_allocation(whole, choices, found, budget, math.fsum(choice.cost for choice in choices)),
     )
 
 
@@ -160,10 +160,16 @@ def _whole_choice(narrow: Narrowing, layer: Layer) -> Choice:
     return Choice(layer=layer.name, pattern=pattern, step=0, ratio=ratio, distortion=0.0, cost=left.macs)
 
 
-def _allocation(choices: tuple[Choice, ...], found: Slimming, budget: Budget, cost: float) -> Allocation:
+def _allocation(whole: Whole, choices: Sequence[Choice], found: Slimming, budget: Budget, cost: float) -> Allocation:
+    """What is lost with a group stands at the layer that writes it first, what is lost with a block at its first."""
+    lost = {f"{block}.conv1": whole.blocks[block] for block in found.dropped}
+    for name, width in found.widths.items():
+        curve = whole.curves[name]
+        lost[name] = float(curve.distortion[np.flatnonzero(curve.widths == width)[0]])
+    told = tuple(replace(one, distortion=one.distortion + lost.get(one.layer, 0.0)) for one in choices)
     return Allocation(
-        choices=choices,
-        distortion=math.fsum([found.distortion, *(choice.distortion for choice in choices)]),
+        choices=told,
+        distortion=math.fsum(choice.distortion for choice in told),
         cost=cost,
         budget=budget,
         lower_bound=found.lower_bound,
@@ -199,7 +205,7 @@ def _then_patterns(
         costs.append(executed_costs(left, group))
     with contextlib.suppress(InfeasibleBudget):
         spent = allocate(items, budget=budget, costs=costs, fixed_cost=math.fsum(choice.cost for choice in fixed))
-        merged = _allocation((*fixed, *spent.choices), found, budget, spent.cost)
+        merged = _allocation(whole, (*fixed, *spent.choices), found, budget, spent.cost)
         return Candidate(name=f"channels to {share:.0%}, then patterns", allocation=replace(merged, lower_bound=0.0))
     return None
 

@@ -164,6 +164,12 @@ def test_widths_within_a_time_take_it_by_the_profile(monkeypatch):
         by_hand = 2 + sum(narrow.of(layer).macs / layer.macs for layer in scope) + 2  # the other two layers stay
         assert found.allocation.cost == pytest.approx(by_hand)
         assert limit - 0.4 < by_hand <= limit + 1e-9
+        lost = {name: dict(zip(CURVES[name].widths, CURVES[name].distortion, strict=True))[width]
+                for name, width in found.allocation.widths.items()}  # fmt: skip
+        assert {choice.layer: choice.distortion for choice in found.allocation.choices if choice.distortion} == {
+            name: loss for name, loss in lost.items() if loss
+        }
+        assert found.allocation.distortion == pytest.approx(sum(lost.values()))
         assert planned_time(profile, scope, found.allocation.choices)["planned_ms"] == pytest.approx(by_hand)
     with pytest.raises(InfeasibleBudget, match="target of 2 ms cannot be reached: at the narrowest widths") as caught:
         slim.timed_candidates(None, profile, Budget(value=2 / 6, denominator=6.0, unit="ms"))
