@@ -117,8 +117,8 @@ def test_padded_places_count_in_training_as_in_openpcdet():
     assert rows.tolist() == [places]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_graphs_compute_what_torch_computes_and_gradients_reach_every_layer(name, tmp_path):
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "voxelnext"])  # see test_voxelnext_line
+def test_graphs_compute_what_torch_computes(name, tmp_path):
     detector = built(name)
     config = detector.config
     voxels = voxelize(cloud_of(config), config)
@@ -146,13 +146,20 @@ def test_graphs_compute_what_torch_computes_and_gradients_reach_every_layer(name
     for key, value in maps.items():
         np.testing.assert_allclose(outputs[key], value, atol=1e-3 * max(np.abs(value).max(), 1e-3), err_msg=key)
 
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_reach_every_layer(name):
+    detector = built(name)
+    features, coords = tensors_from_voxels(voxelize(cloud_of(detector.config), detector.config))
+    with torch.inference_mode():
+        maps = {key: value.numpy() for key, value in detector(features, coords).items()}
     scale = output_scale([maps], 100_000)
     assert output_distortion(maps, maps, scale, top_cells(maps, 100_000)) == 0
     names = [layer.name for layer in prunable_layers(detector) if not layer.final]
     settings = {"layers": names, "scale": scale.as_json(), "sketches": 2, "seed": 0, "lambda_box": 1, "lambda_score": 1}
     rows = sketch_gradients(detector, features, coords, 0, settings)
     assert all(np.isfinite(row).all() and np.abs(row).max() > 0 for row in rows.values()), name
-    assert {name: row.shape[0] for name, row in rows.items()} == dict.fromkeys(names, 2)
+    assert {name: rows[name].shape[0] for name in names} == dict.fromkeys(names, 2)
 
 
 def test_a_sparse_head_speaks_at_active_cells_alone_and_is_not_trained_here():
