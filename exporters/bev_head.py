@@ -112,8 +112,9 @@ class _Writer:
 
 def bev_head_model(detector: Detector, *, precision: Literal["fp16", "fp32"]) -> tuple[onnx.ModelProto, int]:
     """The graph, and how many weights other than zero the precision rounded to zero."""
+    from dm3d_deploy.geometry.center_boxes import EMPTY_LOGIT
     from dm3d_deploy.models.fold import fold_batch_norms
-    from dm3d_deploy.models.voxelnext import EMPTY_LOGIT, SparseCenterHead
+    from dm3d_deploy.models.voxelnext import SparseCenterHead
     from exporters.voxelnext import make_dense, only_where_active
 
     if precision not in TYPES:

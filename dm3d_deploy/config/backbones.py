@@ -12,6 +12,7 @@ from dm3d_deploy.yaml_reader import Entry, Section
 
 SPARSE_STRIDE = 8
 VOXELNEXT = "VoxelResBackBone8xVoxelNeXt"
+VOXELNEXT_CHANNELS: tuple[int, ...] = (16, 32, 64, 128, 128)
 NO_2D = Backbone2dConfig(layer_nums=(), strides=(), filters=(), upsample_strides=(), upsample_filters=())
 SPARSE_CHANNELS: dict[str, tuple[int, ...]] = {
     "VoxelResBackBone8x": (16, 16, 32, 64, 128, 128),
@@ -37,7 +38,7 @@ def backbone_3d_of(section: Section) -> Backbone3dConfig:
 def _voxelnext_of(section: Section) -> Backbone3dConfig:
     """OpenPCDet's five CHANNELS are those of conv1 to conv5; conv6 has as many as conv5."""
     section.only(("NAME", "CHANNELS", "OUT_CHANNEL", "NUM_BLOCKS"))
-    first, c2, c3, c4, c5 = section.get_or("CHANNELS", yaml_reader.sequence(COUNT, 5), (16, 32, 64, 128, 128))
+    first, c2, c3, c4, c5 = section.get_or("CHANNELS", yaml_reader.sequence(COUNT, 5), VOXELNEXT_CHANNELS)
     if c4 != c5:
         section.fail("CHANNELS", f"gives conv4 {c4} and conv5 {c5}, which are added up", fix="make the last two equal")
     last = section.get_or("OUT_CHANNEL", COUNT, 128)

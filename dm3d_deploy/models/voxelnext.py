@@ -5,8 +5,9 @@ A 2D sparse layer is a 3D one over a grid of one cell along z, with its weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -162,7 +163,7 @@ class SparseCenterHead(nn.Module):
         shape = (1, height, width)
         x = SparseTensor(rows[active, :-1], cells_of(active, shape), shape, batch_size)
         found = {}
-        for task, head in enumerate(self.heads_list):
+        for task, head in enumerate(cast("Iterable[SparseSeparateHead]", self.heads_list)):
             for name in head.names:
                 values = head.get_submodule(name)(x).features
                 fill = EMPTY_LOGIT if name == "hm" else 0.0
