@@ -139,7 +139,7 @@ def second_stage_model(detector: Detector) -> onnx.ModelProto:
                 writer.voxel_pool(f"roi_head.{scope}", head.get_submodule(scope), source, features[source.name])
             )
         pooled = writer.flat(writer.joined(parts), stage.grid**3 * sum(s.out_channels for s in stage.sources))
-        names = (("cls_fc_layers", "cls_pred_layer"), ("reg_fc_layers", "reg_pred_layer"))
+        names = [["cls_fc_layers", "cls_pred_layer"], ["reg_fc_layers", "reg_pred_layer"]]
     else:
         (source,) = stage.sources
         scope = "roi_grid_pool_layer"
@@ -147,7 +147,7 @@ def second_stage_model(detector: Detector) -> onnx.ModelProto:
         places = writer.ball_pool(f"roi_head.{scope}", head.get_submodule(scope), source, keypoints, ("rois", PLACES))
         cubes = body.op("Reshape", places, body.ints([-1, stage.grid**3, source.out_channels]))
         pooled = writer.flat(body.op("Transpose", cubes, perm=[0, 2, 1]), stage.grid**3 * source.out_channels)
-        names = (("cls_layers",), ("reg_layers",))
+        names = [["cls_layers"], ["reg_layers"]]
     shared = writer.mlp("roi_head.shared_fc_layer", head.get_submodule("shared_fc_layer"), pooled)
     for output, modules in zip((CLS, REG), names, strict=True):
         rows = shared

@@ -7,7 +7,7 @@ around the places of the RoIs, "keypoints.bev.rows" and ".weights" of the bird's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -57,7 +57,8 @@ def pooled_geometry(
 
     Raises FrameError where keypoints are needed and there is no point.
     """
-    stage, arrays = second_stage(config), {}
+    stage = second_stage(config)
+    arrays: Arrays = {}
     places = grid_places(boxes, stage.grid)
     if stage.keypoints is None:
         for source in stage.sources:
@@ -78,7 +79,7 @@ def pooled_geometry(
 
 
 def _named(around: str, source: PoolSource, found: list[Neighbours]) -> Arrays:
-    arrays = {}
+    arrays: Arrays = {}
     for index, neighbours in enumerate(found):
         name = f"{around}.{source.name}.{index}"
         arrays |= {f"{name}.rows": neighbours.rows, f"{name}.offsets": neighbours.offsets}
@@ -111,7 +112,7 @@ def _bev_cells(config: DetectorConfig, stage: KeypointConfig, keypoints: np.ndar
     return {"keypoints.bev.rows": rows, "keypoints.bev.weights": weights.astype(np.float32)}
 
 
-def joined_geometry(frames: list[Arrays], counts: list[Mapping[str, int]]) -> Arrays:
+def joined_geometry(frames: Sequence[Arrays], counts: Sequence[Mapping[str, int]]) -> Arrays:
     """The geometry of several frames whose features stand one after the other; `counts`: rows of each frame by source.
 
     The row behind the last one stays that of the whole.

@@ -166,8 +166,8 @@ def sparse_pair_counts(detector: Detector, coords: Int64[Tensor, "voxels 4"]) ->
         from dm3d_deploy.models.two_stage import second_stage_rows
 
         names = [layer.name for scope in _second_scopes(detector) for layer in _layers(detector, scope, "head")]
-        rows = second_stage_rows(detector.config, sites, names)
-        counts |= {name: np.array([number]) for name, number in rows.items()}
+        multiplied = second_stage_rows(detector.config, sites, names)
+        counts |= {name: np.array([number]) for name, number in multiplied.items()}
     return counts
 
 

@@ -108,6 +108,7 @@ class VoxelSetAbstraction(nn.Module):
 
     def __init__(self, config: KeypointConfig) -> None:
         super().__init__()
+        self.stages = [source.name for source in config.sources if source.name != RAW]
         self.SA_layers = nn.ModuleList(BallPool(source) for source in config.sources if source.name != RAW)
         for source in config.sources:
             if source.name == RAW:
@@ -120,7 +121,8 @@ class VoxelSetAbstraction(nn.Module):
         self, sources: Tensors, geometry: Tensors
     ) -> tuple[Float[Tensor, "keypoints channels"], Float[Tensor, "keypoints fused"]]:
         """Before and after they are fused; `sources` are rows by name, those of "bev" its cells row by row."""
-        stages = [layer(sources[layer.source], geometry, "keypoints") for layer in self.SA_layers]
+        layers = zip(self.stages, self.SA_layers, strict=True)
+        stages = [layer(sources[name], geometry, "keypoints") for name, layer in layers]
         parts = []
         if "keypoints.bev.rows" in geometry:
             corners = sources["bev"][geometry["keypoints.bev.rows"]]
@@ -165,6 +167,7 @@ class VoxelRCNNHead(nn.Module):
     def __init__(self, config: SecondStageConfig) -> None:
         super().__init__()
         self.places = config.grid**3
+        self.stages = [source.name for source in config.sources]
         self.roi_grid_pool_layers = nn.ModuleList(VoxelPool(source) for source in config.sources)
         channels = self.places * sum(source.out_channels for source in config.sources)
         shared, drop = config.shared, config.dropout
@@ -177,7 +180,8 @@ class VoxelRCNNHead(nn.Module):
 
     def forward(self, sources: Tensors, geometry: Tensors) -> tuple[Float[Tensor, "rois 1"], Float[Tensor, "rois 7"]]:
         """Scores before the sigmoid, and residuals."""
-        pooled = torch.cat([layer(sources[layer.source], geometry) for layer in self.roi_grid_pool_layers], dim=1)
+        layers = zip(self.stages, self.roi_grid_pool_layers, strict=True)
+        pooled = torch.cat([layer(sources[name], geometry) for name, layer in layers], dim=1)
         shared = self.shared_fc_layer(pooled.view(-1, self.places * pooled.shape[1]))
         return self.cls_pred_layer(self.cls_fc_layers(shared)), self.reg_pred_layer(self.reg_fc_layers(shared))
 
