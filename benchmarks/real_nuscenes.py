@@ -39,7 +39,7 @@ ARRAYS = {
     (module, name)
     for package in ("numpy.core", "numpy._core")
     for module, name in ((f"{package}.multiarray", "_reconstruct"), (f"{package}.multiarray", "scalar"))
-} | {("numpy", "ndarray"), ("numpy", "dtype")}
+} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}  # Python 2's bytes, turned from text
 
 
 class _Arrays(pickle.Unpickler):

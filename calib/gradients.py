@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from calib.cell_energies import CellEnergies
 from dm3d_deploy.models.detector import Detector
 from dm3d_deploy.pruning.normalisation import Cells, OutputScale, box_names, score_name, tasks_of, top_cells
 
@@ -47,7 +48,7 @@ def signs(shape: torch.Size, rng: np.random.Generator) -> torch.Tensor:
 def sketch_gradients(
     detector: Detector, features: torch.Tensor, coords: torch.Tensor, frame: int, settings: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Gradient rows of one frame: layer name -> Float32[sketches, *weight shape].
+    """Gradient rows of one frame, layer name -> Float32[sketches, *weight shape], and `CellEnergies.arrays`.
 
     `settings`: `layers` (names), `scale` (OutputScale.as_json), `sketches`, `seed`, `lambda_box`, `lambda_score`.
     No sketch means one row, the gradient of the plain sum of y, as the paper prints it.
@@ -58,7 +59,8 @@ def sketch_gradients(
     detector.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
-    maps = detector(features, coords, scenes=settings.get("scenes", ()))
+    with CellEnergies(detector, names) as energies:
+        maps = detector(features, coords, scenes=settings.get("scenes", ()))
     cells = top_cells(arrays_of(maps), scale.box_cells)
     outputs = normalised_outputs(
         maps, cells, scale, lambda_box=settings["lambda_box"], lambda_score=settings["lambda_score"]
@@ -72,4 +74,4 @@ def sketch_gradients(
         gradients = torch.autograd.grad(projection, weights, retain_graph=sketch + 1 < sketches)
         for name, gradient in zip(names, gradients, strict=True):
             rows[name].append(gradient.numpy())
-    return {name: np.stack(row) for name, row in rows.items()}
+    return {**{name: np.stack(row) for name, row in rows.items()}, **energies.arrays()}

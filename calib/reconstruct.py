@@ -2,6 +2,7 @@
 
 Each layer's inputs come from the pruned detector with all earlier layers already refitted, its wanted outputs from the
 dense one, so what earlier layers still get wrong is made good as far as this layer can. One forward pass of both.
+Cells count by how much the detector's output feels them (pruning.sensitivity).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +27,7 @@ from dm3d_deploy.models.detector import Detector, PrunableLayer, build_detector,
 from dm3d_deploy.models.sparse import SparseConvolution, SparseTensor
 from dm3d_deploy.models.voxel_pruning import choosing_layers
 from dm3d_deploy.pruning.reconstruction import Moments, refit
+from dm3d_deploy.pruning.sensitivity import Drawn, drawn
 
 CHUNK_ROWS = 4096
 
@@ -35,7 +38,8 @@ def reconstructed_weights(
     """All tensors that the refit changes, by name: masked layers' weights, and the means of the norms behind them.
 
     `detector` is the pruned one. `settings`: `dense_weights` and `masks` (paths), `frames_file`, `frames` (all of them
-    are used at once), `rows_per_input`, `damping`, `seed`. Moves weights of `detector` as it goes.
+    are used at once), `sensitivity` (path of their cells'), `rows_per_input`, `damping`, `seed`. Moves weights of
+    `detector` as it goes.
     """
     dense = build_detector(detector.config)
     load_checkpoint(dense, Path(settings["dense_weights"]))
@@ -45,7 +49,11 @@ def reconstructed_weights(
     scenes = read_scenes(detector.config, Path(settings["frames_file"]), settings["frames"], settings.get("rois"))
     own = choosing_layers(detector)  # the dense detector's rows are other voxels
     layers = [layer for layer in prunable_layers(detector) if layer.name in masks and layer.name not in own]
-    samples = _Samples(rows_per_input=int(settings["rows_per_input"]), seed=int(settings["seed"]))
+    samples = _Samples(
+        rows_per_input=int(settings["rows_per_input"]),
+        seed=int(settings["seed"]),
+        sensitivity=load_file(settings["sensitivity"]),
+    )
     changed: dict[str, np.ndarray] = {}
 
     def run(model: Detector) -> None:
@@ -134,36 +142,42 @@ class _OutputsOf:
 
 
 class _Samples:
-    """Rows of a layer's inputs and wanted outputs: as many output cells, drawn at random, as bound time and memory."""
+    """Rows of a layer's inputs and wanted outputs: as many output cells as bound time and memory."""
 
-    def __init__(self, *, rows_per_input: int, seed: int) -> None:
-        self._rows_per_input, self._seed = rows_per_input, seed
+    def __init__(self, *, rows_per_input: int, seed: int, sensitivity: Mapping[str, np.ndarray]) -> None:
+        self._rows_per_input, self._seed, self._sensitivity = rows_per_input, seed, sensitivity
 
     def moments(self, layer: PrunableLayer, x: Any, wanted: Any, order: int) -> Moments:
         """Sums over the drawn rows."""
-        pairs = ROWS_OF[layer.kind]
         inputs, outputs = _matrix(layer.weight.numpy(force=True), layer).shape
         rng = np.random.Generator(np.random.PCG64([self._seed, order]))
+        felt, count = self._sensitivity.get(layer.name), _cell_count(layer.kind, x, wanted)
+        if felt is not None and len(felt) != count:
+            raise InternalError(f"{layer.name} computed {count} cells where its sensitivity is known at {len(felt)}")
+        cells = drawn(count, self._rows_per_input * inputs, felt, rng)
         moments = Moments.empty(inputs, outputs)
-        for rows, targets in pairs(layer.module, x, wanted, self._rows_per_input * inputs, rng):
-            moments.add(rows.numpy(), targets.numpy())
+        for rows, targets, weights in ROWS_OF[layer.kind](layer.module, x, wanted, cells):
+            moments.add(rows.numpy(), targets.numpy(), weights)
         return moments
 
 
-def _drawn(count: int, limit: int, rng: np.random.Generator) -> Tensor:
-    """At most `limit` of `count` indices, ascending."""
-    if count <= limit:
-        return torch.arange(count)
-    return torch.from_numpy(np.sort(rng.choice(count, limit, replace=False)))
+def _cell_count(kind: str, x: Any, wanted: Any) -> int:
+    """Of a transposed convolution the inputs, each with its block of outputs; of any other layer the outputs."""
+    if kind == "sparse":
+        return len(wanted.features)
+    if kind == "linear":
+        return len(x)
+    images = x if kind == "deconv2d" else wanted
+    return images[:, 0].numel()
 
 
-Rows = Iterator[tuple[Tensor, Tensor]]
+Rows = Iterator[tuple[Tensor, Tensor, np.ndarray]]
 
 
-def _sparse_rows(conv: SparseConvolution, x: SparseTensor, wanted: SparseTensor, limit: int, rng: Any) -> Rows:
+def _sparse_rows(conv: SparseConvolution, x: SparseTensor, wanted: SparseTensor, cells: Drawn) -> Rows:
     kernel_map = conv.kernel_map(x)
-    cells = _drawn(len(wanted.features), limit, rng)
-    for chunk in cells.split(CHUNK_ROWS):
+    for start in range(0, len(cells.cells), CHUNK_ROWS):
+        chunk = torch.from_numpy(cells.cells[start : start + CHUNK_ROWS])
         place = torch.full((len(wanted.features),), -1)
         place[chunk] = torch.arange(len(chunk))
         rows = x.features.new_zeros(len(chunk), kernel_map.taps, x.features.shape[1])
@@ -171,28 +185,29 @@ def _sparse_rows(conv: SparseConvolution, x: SparseTensor, wanted: SparseTensor,
             at = place[kernel_map.out_rows[tap]]
             hit = at >= 0
             rows[at[hit], tap] = x.features[kernel_map.in_rows[tap][hit]]
-        yield rows.flatten(1), wanted.features[chunk]
+        yield rows.flatten(1), wanted.features[chunk], cells.weights[start : start + CHUNK_ROWS]
 
 
-def _conv_rows(conv: nn.Conv2d, x: Tensor, wanted: Tensor, limit: int, rng: Any) -> Rows:
-    for image, target in zip(x, wanted, strict=True):
+def _conv_rows(conv: nn.Conv2d, x: Tensor, wanted: Tensor, cells: Drawn) -> Rows:
+    size = wanted[0, 0].numel()
+    for number, image in enumerate(x):
+        part = cells.within(number * size, (number + 1) * size)
         columns = functional.unfold(image[None], conv.kernel_size, padding=conv.padding, stride=conv.stride)[0]  # type: ignore[arg-type]
-        cells = _drawn(columns.shape[1], -(-limit // len(x)), rng)
-        yield columns[:, cells].t().contiguous(), target.flatten(1)[:, cells].t().contiguous()
+        yield columns[:, part.cells].t().contiguous(), wanted[number].flatten(1)[:, part.cells].t(), part.weights
 
 
-def _deconv_rows(conv: nn.ConvTranspose2d, x: Tensor, wanted: Tensor, limit: int, rng: Any) -> Rows:
-    """Kernel and stride are equal, so every input cell makes a block of outputs of its own."""
-    up = conv.stride[0]
-    for image, target in zip(x, wanted, strict=True):
-        cells = _drawn(image[0].numel(), -(-limit // len(x)), rng)
-        blocks = functional.pixel_unshuffle(target[None], up)[0].flatten(1)
-        yield image.flatten(1)[:, cells].t().contiguous(), blocks[:, cells].t().contiguous()
+def _deconv_rows(conv: nn.ConvTranspose2d, x: Tensor, wanted: Tensor, cells: Drawn) -> Rows:
+    size = x[0, 0].numel()
+    for number, image in enumerate(x):
+        part = cells.within(number * size, (number + 1) * size)
+        blocks = functional.pixel_unshuffle(wanted[number][None], conv.stride[0])[0].flatten(1)
+        yield image.flatten(1)[:, part.cells].t(), blocks[:, part.cells].t(), part.weights
 
 
-def _linear_rows(_: nn.Linear, x: Tensor, wanted: Tensor, limit: int, rng: Any) -> Rows:
-    for chunk in _drawn(len(x), limit, rng).split(CHUNK_ROWS):
-        yield x[chunk], wanted[chunk]
+def _linear_rows(_: nn.Linear, x: Tensor, wanted: Tensor, cells: Drawn) -> Rows:
+    for start in range(0, len(cells.cells), CHUNK_ROWS):
+        chunk = cells.cells[start : start + CHUNK_ROWS]
+        yield x[chunk], wanted[chunk], cells.weights[start : start + CHUNK_ROWS]
 
 
 ROWS_OF: Mapping[str, Callable[..., Rows]] = {

@@ -20,6 +20,7 @@ FILES = {
     "output_scale": "work/output_scale.json",
     "layers": "work/layers.json",
     "gradients": "work/gradients",
+    "sensitivity": "work/sensitivity.safetensors",
     "curves": "work/curves.json",
     "scores": "work/scores.safetensors",
     "channels": "work/channels.json",
@@ -112,7 +113,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="gradients", says="sketch the detector's sensitivity", run="dm3d_deploy.steps.prune:gradients",
         reads=("model_config", "dense_weights", "start_weights", "frames", "frames_info"),
-        writes=("gradients", "output_scale", "layers"), optional=("rois",),
+        writes=("gradients", "sensitivity", "output_scale", "layers"), optional=("rois",),
         recipe=("scope", "sketches", "lambda_box", "lambda_score", "box_cells", "seed"), transient=True,
     ),
     Stage(
@@ -135,7 +136,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="recover", says="make good what pruning broke", run="dm3d_deploy.steps.recover:recover",
         reads=("model_config", "dense_weights", "start_weights", "masks", "frames", "frames_info", "rois",
-               "output_scale"),
+               "output_scale", "sensitivity"),
         writes=("pruned_weights", "recovery"),
         recipe=("recover", "recover_steps", "recover_data", "lambda_box", "lambda_score", "box_cells", "seed"),
         outside=("recover_data",),

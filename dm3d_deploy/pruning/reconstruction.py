@@ -18,9 +18,12 @@ from dm3d_deploy.errors import InternalError
 
 @dataclass(slots=True)
 class Moments:
-    """Sums over rows of inputs x and wanted outputs y, enough for every least-squares problem between them."""
+    """Weighted sums over rows of inputs x and wanted outputs y, enough for every least-squares problem between them.
 
-    rows: int
+    `mass` is the sum of the weights.
+    """
+
+    mass: float
     x: Float64[np.ndarray, " inputs"]
     y: Float64[np.ndarray, " outputs"]
     xx: Float64[np.ndarray, "inputs inputs"]
@@ -29,17 +32,23 @@ class Moments:
     @classmethod
     def empty(cls, inputs: int, outputs: int) -> Moments:
         """Sums over nothing."""
-        return cls(0, np.zeros(inputs), np.zeros(outputs), np.zeros((inputs, inputs)), np.zeros((inputs, outputs)))
+        return cls(0.0, np.zeros(inputs), np.zeros(outputs), np.zeros((inputs, inputs)), np.zeros((inputs, outputs)))
 
-    def add(self, x: Float[np.ndarray, "rows inputs"], y: Float[np.ndarray, "rows outputs"]) -> None:
-        """Add rows: products in the arrays' own precision, sums in float64."""
-        if len(x) != len(y):
-            raise InternalError(f"{len(x)} rows of inputs and {len(y)} of outputs do not belong together")
-        self.rows += len(x)
-        self.x += x.sum(axis=0, dtype=np.float64)
-        self.y += y.sum(axis=0, dtype=np.float64)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
+    def add(
+        self,
+        x: Float[np.ndarray, "rows inputs"],
+        y: Float[np.ndarray, "rows outputs"],
+        weights: Float[np.ndarray, " rows"],
+    ) -> None:
+        """Add rows, each as often as its weight says: products in the arrays' own precision, sums in float64."""
+        if not len(x) == len(y) == len(weights):
+            raise InternalError(f"{len(x)} rows of inputs, {len(y)} of outputs and {len(weights)} weights differ")
+        weighted = x * weights[:, None]
+        self.mass += float(weights.sum(dtype=np.float64))
+        self.x += weighted.sum(axis=0, dtype=np.float64)
+        self.y += (y * weights[:, None]).sum(axis=0, dtype=np.float64)
+        self.xx += weighted.T @ x
+        self.xy += weighted.T @ y
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +68,17 @@ def refit(
 ) -> Refit:
     """Minimise mean ||y - x W - offset||^2 + damping * d * ||W - weight||^2 over the kept entries of each column of W.
 
-    d is the mean variance of the inputs, so that `damping` has no unit; it holds weights near where they were in
-    directions that the rows do not excite. Columns of equal masks share one factorisation.
+    Means are weighted; d is the mean variance of the inputs, so that `damping` has no unit: it holds weights near
+    where they were in directions that the rows do not excite. Columns of equal masks share one factorisation.
     """
-    if moments.rows < 1 or damping <= 0 or not weight.shape == keep.shape == moments.xy.shape:
+    if moments.mass <= 0 or damping <= 0 or not weight.shape == keep.shape == moments.xy.shape:
         raise InternalError(
-            f"weights {weight.shape}, masks {keep.shape} and {moments.rows} rows of {moments.xy.shape} make no "
+            f"weights {weight.shape}, masks {keep.shape}, rows of mass {moments.mass:g}, {moments.xy.shape}: no "
             f"least-squares problem with damping {damping:g}"
         )
-    mean_x, mean_y = moments.x / moments.rows, moments.y / moments.rows
-    gram = moments.xx / moments.rows - np.outer(mean_x, mean_x)
-    cross = moments.xy / moments.rows - np.outer(mean_x, mean_y)
+    mean_x, mean_y = moments.x / moments.mass, moments.y / moments.mass
+    gram = moments.xx / moments.mass - np.outer(mean_x, mean_x)
+    cross = moments.xy / moments.mass - np.outer(mean_x, mean_y)
     ridge = damping * max(float(np.trace(gram)) / len(gram), float(np.finfo(np.float32).tiny))
     found = np.where(keep, weight.astype(np.float64), 0.0)
     masks, group_of = np.unique(keep, axis=1, return_inverse=True)

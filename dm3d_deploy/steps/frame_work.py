@@ -18,11 +18,22 @@ from dm3d_deploy.stages import RunContext
 
 Maps = dict[str, np.ndarray]
 
+LEAST_REFIT_FRAMES = 4
+
 
 def frames_of(run: RunContext, role: str) -> tuple[int, ...]:
     """Numbers of the frames with a role."""
     rows = json.loads(run.path("frames_info").read_text(encoding="utf-8"))["frames"]
     return tuple(index for index, row in enumerate(rows) if row["role"] == role)
+
+
+def refit_frames(run: RunContext) -> tuple[int, ...]:
+    """The calibration frames that the kept weights are refitted on: half, or LEAST_REFIT_FRAMES if that is more.
+
+    A refit walks through all its frames at once, and twice as many move its distortion by less than other frames do.
+    """
+    calibration = frames_of(run, "calibration")
+    return calibration[: max(LEAST_REFIT_FRAMES, len(calibration) // 2)]
 
 
 def frame_job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from dm3d_deploy.pruning.macs import executed_macs, kept_macs
 from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import eligible_patterns, is_2_4, ratio_grid, taps_from_native
+from dm3d_deploy.pruning.sensitivity import relative
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.baseline import PAPER, printed_objective, scores_of
 from dm3d_deploy.steps.candidates import masks_in
-from dm3d_deploy.steps.frame_work import frame_job, frames_of, propose
+from dm3d_deploy.steps.frame_work import frame_job, frames_of, propose, refit_frames
 from dm3d_deploy.steps.layers import (
     group_curves_as_json,
     in_scope,
@@ -69,7 +71,9 @@ def gradients(run: RunContext) -> None:
         "lambda_score": run.recipe.lambda_score,
     }
     job = frame_job(run, "gradients", frames, weights=run.start, folder="gradients", settings=settings)
-    run.pool.run(job, advanced=lambda done, _: run.watch.advanced(len(frames) + 2 * done, total))
+    files = run.pool.run(job, advanced=lambda done, _: run.watch.advanced(len(frames) + 2 * done, total))
+    chosen = [file for frame, file in zip(frames, files, strict=True) if frame in refit_frames(run)]
+    write_bytes(run.path("sensitivity"), save(_sensitivity(chosen)))
     write_json(run.path("output_scale"), scale.as_json())
     write_json(run.path("layers"), layers_as_json(layers))
 
@@ -88,6 +92,16 @@ def _with_voxels_passed_by(run: RunContext, layers: tuple[Layer, ...]) -> tuple[
     kept = {name: np.stack([frame[name] for frame in found]).mean(axis=0, dtype=np.float64) for name in found[0]}
     narrowed = ((layer, replace(layer, positions=kept.get(layer.name, layer.positions))) for layer in layers)
     return tuple(replace(less, spared_macs=layer.macs - less.macs) for layer, less in narrowed)
+
+
+def _sensitivity(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """What the cells of some frames' gradient files count, one array a layer."""
+    found: dict[str, list[np.ndarray]] = {}
+    for file in files:
+        with safe_open(file, framework="np") as handle:
+            for key in (key for key in handle.keys() if key.startswith("cells.")):  # noqa: SIM118 - a file, not a mapping
+                found.setdefault(key.removeprefix("cells."), []).append(handle.get_tensor(key))
+    return relative(found)
 
 
 def _sketched(layers: tuple[Layer, ...], scope: str) -> list[str]:

@@ -17,7 +17,7 @@ from dm3d_deploy.artifacts import write_bytes, write_json
 from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.pruning.recovery import STEPS_OF, Acceptance, judge, mean_statistics
 from dm3d_deploy.stages import RunContext
-from dm3d_deploy.steps.frame_work import Maps, Pieces, distortions, frame_job, frames_of, outputs_of
+from dm3d_deploy.steps.frame_work import Maps, Pieces, distortions, frame_job, frames_of, outputs_of, refit_frames
 
 State = dict[str, np.ndarray]
 
@@ -147,12 +147,13 @@ def _batch_norm(run: RunContext, state: State, trials: _Trials) -> Tried:
 
 
 def reconstruction_settings(run: RunContext, masks: Path) -> dict[str, Any]:
-    """Of a job that fits the weights which the masks in a file keep anew to all calibration frames."""
+    """Of a job that fits the weights which the masks in a file keep anew to the refit's frames."""
     return {
         "dense_weights": str(run.path("dense_weights").resolve()),
         "masks": str(masks.resolve()),
         "frames_file": str(run.path("frames").resolve()),
-        "frames": list(frames_of(run, "calibration")),
+        "frames": list(refit_frames(run)),
+        "sensitivity": str(run.path("sensitivity").resolve()),
         "rows_per_input": ROWS_PER_INPUT,
         "damping": DAMPING,
         "seed": run.recipe.seed,

@@ -124,7 +124,7 @@ def test_recovery_is_judged_by_the_mean_and_refuses_nan():
     assert not judge("x", [1.0], [1.0]).accepted
     assert not judge("x", [1.0], [float("nan")]).accepted
     assert "did not fall: 1 before, 2 after" in judge("x", [1.0], [2.0]).reason
-    with pytest.raises(InternalError, match="same frames"):
+    with pytest.raises(InternalError, match="same selection frames"):
         judge("x", [], [])
     with pytest.raises(InternalError, match="at least one frame"):
         mean_statistics([])

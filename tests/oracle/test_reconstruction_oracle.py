@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from run_sample import TINY
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from calib.reconstruct import reconstructed_weights
 from dm3d_deploy.artifacts import write_bytes
@@ -16,19 +16,22 @@ from dm3d_deploy.models.checkpoints import load_checkpoint, save_weights
 from dm3d_deploy.models.detector import build_detector, prunable_layers
 from dm3d_deploy.models.seeded import seed_weights
 from dm3d_deploy.pruning.reconstruction import Moments, refit
+from dm3d_deploy.pruning.sensitivity import FLOOR
 
 DAMPING = 0.05
 
 
-def by_lstsq(x, y, weight, keep, damping):
+def by_lstsq(x, y, weight, keep, damping, counts):
     """Column by column: an intercept, the kept inputs, and rows that pull the weights back to where they were."""
-    ridge = damping * np.mean(np.var(x, axis=0)) * len(x)
+    centred = x - np.average(x, axis=0, weights=counts)
+    ridge = damping * np.mean(np.average(centred**2, axis=0, weights=counts)) * counts.sum()
+    root = np.sqrt(counts)
     found, offset = np.zeros(weight.shape), np.zeros(weight.shape[1])
     for column in range(weight.shape[1]):
         kept = np.flatnonzero(keep[:, column])
-        rows = np.hstack([x[:, kept], np.ones((len(x), 1))])
+        rows = np.hstack([x[:, kept], np.ones((len(x), 1))]) * root[:, None]
         pull = np.hstack([np.sqrt(ridge) * np.eye(len(kept)), np.zeros((len(kept), 1))])
-        wanted = np.concatenate([y[:, column], np.sqrt(ridge) * weight[kept, column]])
+        wanted = np.concatenate([y[:, column] * root, np.sqrt(ridge) * weight[kept, column]])
         solution = np.linalg.lstsq(np.vstack([rows, pull]), wanted, rcond=None)[0]
         found[kept, column], offset[column] = solution[:-1], solution[-1]
     return found, offset
@@ -44,36 +47,37 @@ def test_refit_is_dense_least_squares(shared):
     keep = np.broadcast_to(keep, weight.shape).copy()
     keep[:, 3] = False
     moments = Moments.empty(12, 7)
+    counts = rng.exponential(size=300)
     for chunk in np.array_split(np.arange(300), 4):
-        moments.add(x[chunk], y[chunk])
+        moments.add(x[chunk], y[chunk], counts[chunk])
     found = refit(moments, weight, keep, damping=DAMPING)
-    wanted, offset = by_lstsq(x, y, weight, keep, DAMPING)
+    wanted, offset = by_lstsq(x, y, weight, keep, DAMPING, counts)
     np.testing.assert_allclose(found.weight, wanted, rtol=1e-7, atol=1e-9)
     np.testing.assert_allclose(found.offset, offset, rtol=1e-7, atol=1e-7)
     assert not found.weight[~keep].any()
-    assert found.offset[3] == pytest.approx(y[:, 3].mean())
+    assert found.offset[3] == pytest.approx(np.average(y[:, 3], weights=counts))
 
 
 def test_inputs_that_never_vary_keep_their_weights():
     moments = Moments.empty(3, 1)
-    moments.add(np.zeros((4, 3)), np.ones((4, 1)))
+    moments.add(np.zeros((4, 3)), np.ones((4, 1)), np.ones(4))
     weight = np.array([[1.0], [2.0], [3.0]])
     found = refit(moments, weight, weight < 3, damping=DAMPING)
     assert found.weight.ravel().tolist() == [1.0, 2.0, 0.0]
     assert found.offset.tolist() == [1.0]
 
 
-@pytest.mark.parametrize(("rows", "damping", "what"), [(0, 0.1, "0 rows"), (2, 0.0, "damping 0")])
+@pytest.mark.parametrize(("rows", "damping", "what"), [(0, 0.1, "rows of mass 0"), (2, 0.0, "damping 0")])
 def test_refit_refuses_what_has_no_solution(rows, damping, what):
     moments = Moments.empty(2, 1)
-    moments.add(np.ones((rows, 2)), np.ones((rows, 1)))
+    moments.add(np.ones((rows, 2)), np.ones((rows, 1)), np.ones(rows))
     with pytest.raises(InternalError, match=what):
         refit(moments, np.ones((2, 1)), np.ones((2, 1), dtype=bool), damping=damping)
 
 
 def test_rows_that_do_not_belong_together_are_refused():
-    with pytest.raises(InternalError, match="3 rows of inputs and 2 of outputs"):
-        Moments.empty(1, 1).add(np.ones((3, 1)), np.ones((2, 1)))
+    with pytest.raises(InternalError, match="3 rows of inputs, 2 of outputs and 3 weights"):
+        Moments.empty(1, 1).add(np.ones((3, 1)), np.ones((2, 1)), np.ones(3))
 
 
 def scene(seed, detector):
@@ -103,12 +107,15 @@ def given(tmp_path):
     for frame in (0, 1):
         features, coords = scene(frame, dense)
         arrays |= {f"{frame}.features": features.numpy(), f"{frame}.coords": coords.numpy().astype(np.int16)}
+    cells = {layer.name: cell_count(dense, layer.name) for layer in layers if layer.kind != "deconv2d"}
+    felt = {name: rng.exponential(size=count).astype(np.float16) for name, count in list(cells.items())[::2]}
+    write_bytes(tmp_path / "sensitivity.safetensors", save(felt))
     write_bytes(tmp_path / "masks.safetensors", save(masks))
     write_bytes(tmp_path / "frames.safetensors", save(arrays))
     settings = {
         "dense_weights": str(tmp_path / "dense.safetensors"), "masks": str(tmp_path / "masks.safetensors"),
         "frames_file": str(tmp_path / "frames.safetensors"), "frames": [0, 1], "rows_per_input": 10**6,
-        "damping": DAMPING, "seed": 0,
+        "damping": DAMPING, "seed": 0, "sensitivity": str(tmp_path / "sensitivity.safetensors"),
     }  # fmt: skip
     return dense, masked, masks, settings
 
@@ -126,6 +133,12 @@ def inputs_and_outputs(detector, name, frame):
         detector(*scene(frame, detector))
     handle.remove()
     return seen["pair"]
+
+
+def cell_count(detector, name):
+    """Output cells of a layer in both frames."""
+    results = [inputs_and_outputs(detector, name, frame)[1] for frame in (0, 1)]
+    return sum(len(found.features) if hasattr(found, "features") else found[0, 0].numel() for found in results)
 
 
 def sparse_rows(layer, x, result):
@@ -159,6 +172,7 @@ def test_the_walk_solves_each_layer_from_what_it_now_sees(given):
     means = {layer.name: offsets(masked, layer) for layer in prunable_layers(masked) if layer.name in masks}
     changed = reconstructed_weights(masked, *scene(0, dense), 0, settings)
     assert len(changed) == 2 * len(masks)
+    felt = load_file(settings["sensitivity"])
     again = build_detector(dense.config)
     load_checkpoint(again, settings["dense_weights"])
     state = again.state_dict() | {name: torch.from_numpy(array) for name, array in changed.items()}
@@ -174,8 +188,9 @@ def test_the_walk_solves_each_layer_from_what_it_now_sees(given):
         y = np.concatenate(
             [w.features.numpy() if layer.kind == "sparse" else w[0].flatten(1).t().numpy() for w in wanted]
         ).astype(float)
+        counts = felt[layer.name].astype(float) + FLOOR if layer.name in felt else np.ones(len(x))
         flat = (original * keep).reshape(len(original), -1).T
-        found, offset = by_lstsq(x, y, flat, keep.reshape(len(keep), -1).T, DAMPING)
+        found, offset = by_lstsq(x, y, flat, keep.reshape(len(keep), -1).T, DAMPING, counts)
         now = layer.weight.numpy(force=True).reshape(len(original), -1).T
         scale = np.abs(found).max()
         np.testing.assert_allclose(now, found, atol=5e-3 * scale)

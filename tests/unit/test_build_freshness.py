@@ -152,14 +152,15 @@ def test_what_an_interrupted_stage_left_does_not_count(run_copy, tiny_frames, mo
 
     def gradients(run):
         left.mkdir()
-        for name in ("gradients/0000.safetensors", "output_scale.json", "layers.json"):
+        for name in ("gradients/0000.safetensors", "sensitivity.safetensors", "output_scale.json", "layers.json"):
             (run.root / "work" / name).write_text("new")
 
     monkeypatch.setattr(builder, "_entry", lambda stage: gradients)
     build(tiny_recipe(tiny_frames), run_copy, first="gradients", last="gradients")
     assert [file.name for file in left.iterdir()] == ["0000.safetensors"]
     assert list(digests(run_copy, "gradients")) == [
-        "work/gradients/0000.safetensors", "work/output_scale.json", "work/layers.json",
+        "work/gradients/0000.safetensors", "work/sensitivity.safetensors", "work/output_scale.json",
+        "work/layers.json",
     ]  # fmt: skip
     assert not list(run_copy.rglob("*.partial"))
 
