@@ -69,7 +69,7 @@ class Recipe:
     lambda_box: float = 1.0
     lambda_score: float = 1.0
     box_cells: int = 500
-    bench_repeats: int = 10
+    bench_repeats: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
