@@ -145,6 +145,20 @@ def test_anchor_heads_are_guessed_too(tmp_path, scores, before, told):
     assert describe_path(tmp_path / "w.safetensors")["looks_like"].startswith(told)
 
 
+@pytest.mark.parametrize(
+    ("sixth", "told"), [(True, "voxelnext, by its"), (False, "centerpoint or centerpoint-0075, by")]
+)
+def test_a_sixth_stage_makes_a_voxelnext(tmp_path, sixth, told):
+    classes = (1, 2, 2, 1, 2, 2)
+    weights = {f"{SLOT}.{task}.hm.1.weight": np.zeros((count, 1, 1, 4), "f4") for task, count in enumerate(classes)}
+    weights["backbone_3d.conv1.0.conv1.weight"] = np.zeros((4, 3, 3, 3, 4), "f4")
+    weights["backbone_3d.conv_out.0.weight"] = np.zeros((128, 3, 1, 1, 128), "f4")
+    if sixth:
+        weights["backbone_3d.conv6.0.0.weight"] = np.zeros((4, 3, 3, 3, 4), "f4")
+    save_file(weights, tmp_path / "w.safetensors")
+    assert describe_path(tmp_path / "w.safetensors")["looks_like"].startswith(told)
+
+
 @pytest.mark.parametrize("name", detector_names())
 def test_parameters_and_fixed_multiplications_that_models_tells_are_counted(name):
     pytest.importorskip("torch")
