@@ -74,7 +74,7 @@ def follow_weights(detector: Detector, state: Mapping[str, Tensor]) -> None:
     if KEY in state:
         prune_voxels(detector, state[KEY])
     elif permille_of(detector):
-        prune_voxels(detector, torch.full_like(detector.backbone_3d.voxel_permille, ALL))
+        prune_voxels(detector, torch.full_like(cast(Tensor, detector.backbone_3d.voxel_permille), ALL))
 
 
 def choosing_layers(detector: Detector) -> set[str]:
@@ -137,7 +137,7 @@ class _Stage:
         stage.register_forward_hook(self.widen)
 
     def narrow(self, module: nn.Module, args: tuple[SparseTensor, ...]) -> tuple[SparseTensor] | None:
-        permille, (x,) = int(self.backbone.voxel_permille[self.index]), args
+        permille, (x,) = int(cast(Tensor, self.backbone.voxel_permille)[self.index]), args
         if permille == ALL:
             self.passed_by = None
             return None
