@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,10 +36,37 @@ def detector_from_pcdet(model: nn.Module) -> Detector:
     if absent:
         raise UsageError(f"the {name} has no {' and no '.join(absent)}: it is no live OpenPCDet model.", fix=FIX)
     entries = {key: _plain(value, f"{name}.{attribute}") for key, attribute, value in parts}
+    state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
+    _take_back_inputs(entries["MODEL"], state)
     config = config_from_text(yaml.safe_dump(entries, sort_keys=False), f"live-{name}.yaml")
     detector = build_detector(config)
-    load_tensors(detector, {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}, f"the {name}")
+    load_tensors(detector, state, f"the {name}")
     return detector
+
+
+def _take_back_inputs(model: dict[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """Remove the input channels that OpenPCDet's second stages write in front of the MLPS of their own configuration.
+
+    The weights tell how many layers there are: a list that is longer by one begins with its inputs.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(keypoints := model.get("PFE"), dict):
+        table, named = keypoints.get("SA_LAYER", {}), keypoints.get("FEATURES_SOURCE", [])
+        stages = [name for name in named if name.startswith("x_conv")]
+        found = {f"pfe.SA_layers.{index}.mlps": table.get(name) for index, name in enumerate(stages)}
+        found["pfe.SA_rawpoints.mlps"] = table.get("raw_points")
+    if isinstance(head := model.get("ROI_HEAD"), dict):
+        pool = head.get("ROI_GRID_POOL", {})
+        layers = pool.get("POOL_LAYERS", {})
+        found["roi_head.roi_grid_pool_layer.mlps"] = pool
+        for index, name in enumerate(pool.get("FEATURES_SOURCE", [])):
+            found[f"roi_head.roi_grid_pool_layers.{index}.mlps_(in|out)"] = layers.get(name)
+    for scope, section in found.items():
+        for index, widths in enumerate(section["MLPS"] if isinstance(section, dict) and "MLPS" in section else []):
+            layer = re.compile(rf"{scope}\.{index}\.\d+\.weight")
+            count = sum(1 for key, tensor in state.items() if layer.fullmatch(key) and tensor.ndim > 1)
+            if len(widths) == count + 1:
+                del widths[0]
 
 
 def _plain(value: Any, path: str) -> Any:

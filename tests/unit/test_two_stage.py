@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from run_sample import tiny_recipe
+from test_pcdet_live import EasyDict, SECONDNet
 from two_stage_sample import VARIANTS, variant, variant_text
 from zoo_sample import small_cloud_points
 
 from calib.gradients import sketch_gradients
 from dm3d_deploy import build as builder
+from dm3d_deploy.api import detector_from_pcdet
 from dm3d_deploy.artifacts import digest_of_file
 from dm3d_deploy.config import load_config
 from dm3d_deploy.detect import load_run
@@ -130,6 +133,29 @@ def test_layers_are_counted_and_their_weights_turned_to_matrices_and_back(name):
     written = {slot.layer for group in groups for slot in group.written}
     assert "backbone_3d.conv3.1.0" in written
     assert not written & ({*second} | {f"backbone_3d.conv{i}.2.0" for i in (2, 3, 4)} | {"backbone_3d.conv_out.0"})
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_live_model_has_written_its_inputs_into_its_configuration(name):
+    inner, entries = built(name), yaml.safe_load(variant_text(name))
+    sources = inner.config.second_stage.sources
+    head = entries["MODEL"]["ROI_HEAD"]["ROI_GRID_POOL"]
+    if name == "voxel-rcnn":
+        for source in sources:
+            mlps = head["POOL_LAYERS"][source.name]["MLPS"]
+            mlps[0].insert(0, source.channels)
+    else:
+        for widths in head["MLPS"]:
+            widths.insert(0, sources[0].channels + 3)
+        for source in inner.config.second_stage.keypoints.sources:
+            for widths in entries["MODEL"]["PFE"]["SA_LAYER"][source.name]["MLPS"]:
+                widths.insert(0, source.channels + 3)
+    model = SECONDNet(EasyDict(entries), inner)
+    found = detector_from_pcdet(model)
+    assert found.config.second_stage == inner.config.second_stage
+    assert all(torch.equal(value, inner.state_dict()[key]) for key, value in found.state_dict().items())
+    again = detector_from_pcdet(SECONDNet(EasyDict(yaml.safe_load(variant_text(name))), inner))
+    assert again.config.second_stage == inner.config.second_stage
 
 
 def test_training_them_is_refused():
