@@ -20,7 +20,10 @@ NOTES = (
     "that a skipped tile saves its share of the 3D stage's time has been measured by nobody",
     "fewer output channels also narrow the next layer's input; that saving is left out",
 )
-PILLAR_NOTE = "the point network of the pillars and their scatter are not in it: nobody published their time alone"
+UNTIMED = {  # what the linear layers of a part are
+    "3d": "the point network of the pillars and their scatter are not in it: nobody published their time alone",
+    "head": "the second stage, its keypoints and its pooling are not in it: nobody published their time alone",
+}
 
 
 def estimated_profile(
@@ -32,6 +35,7 @@ def estimated_profile(
     """
     figures = model.figures_of(device)
     model.check_layers(layers)
+    untold = {(layer.kind, layer.part) for layer in layers}
     sparse_macs = math.fsum(layer.macs for layer in layers if layer.kind == "sparse")
     variable, fixed = model.sparse_stage_ms(voxels / 1e3, figures) if sparse_macs else (0.0, 0.0)
     dense_band, sparse_band = model.bands_of(figures)
@@ -58,7 +62,7 @@ def estimated_profile(
             "figures": f"{figures.multiprocessors} SM, {figures.tflops['fp16']:g} TFLOPS, {figures.gb_per_s:g} GB/s",
             "standing of the figures": str(device.standing),
         },
-        notes=(*NOTES, PILLAR_NOTE) if any(layer.kind == "linear" for layer in layers) else NOTES,
+        notes=(*NOTES, *(note for part, note in UNTIMED.items() if ("linear", part) in untold)),
     )
 
 

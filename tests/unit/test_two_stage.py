@@ -19,6 +19,7 @@ from dm3d_deploy.config import load_config
 from dm3d_deploy.detect import load_run
 from dm3d_deploy.detect_in_torch import detect_in_torch
 from dm3d_deploy.detect_two_stage import GEOMETRY, TwoStageDeployed
+from dm3d_deploy.device import device_named
 from dm3d_deploy.errors import EngineError, ExportError, InternalError, UsageError
 from dm3d_deploy.geometry.decode import decoded
 from dm3d_deploy.geometry.rois import array_from_rois, rois_from_array, second_maps
@@ -30,7 +31,9 @@ from dm3d_deploy.models.detector import build_detector, prunable_layers, sparse_
 from dm3d_deploy.models.outputs import Scene
 from dm3d_deploy.models.seeded import seed_weights
 from dm3d_deploy.pointcloud import PointCloud
+from dm3d_deploy.profiling import cells_read
 from dm3d_deploy.pruning.contracts import Layer
+from dm3d_deploy.pruning.estimate import estimated_profile
 from dm3d_deploy.pruning.groups import channel_groups
 from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import native_from_taps, taps_from_native
@@ -133,6 +136,17 @@ def test_layers_are_counted_and_their_weights_turned_to_matrices_and_back(name):
     written = {slot.layer for group in groups for slot in group.written}
     assert "backbone_3d.conv3.1.0" in written
     assert not written & ({*second} | {f"backbone_3d.conv{i}.2.0" for i in (2, 3, 4)} | {"backbone_3d.conv_out.0"})
+
+
+def test_an_estimate_says_that_the_second_stage_is_not_in_it():
+    detector = build_detector(load_config("voxel-rcnn"))
+    coords = torch.tensor([[0, 10, 800, 700], [0, 10, 801, 700], [0, 12, 900, 100]])
+    layers = layers_of(detector, [sparse_pair_counts(detector, coords)])
+    found = estimated_profile(
+        layers, cells_read(detector, layers), device_named("orin"), voxels=40_000, model_name="voxel-rcnn"
+    )
+    assert found.notes[-1].startswith("the second stage, its keypoints and its pooling are not in it")
+    assert all(layer.dense_ms == 0 for layer in found.layers if layer.layer.startswith("roi_head"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
