@@ -55,4 +55,4 @@ def _at_inputs(module: nn.Module, energy: Tensor) -> Tensor:
     """Kernel and stride of a transposed convolution are equal, so each input cell owns a block of outputs."""
     if not isinstance(module, nn.ConvTranspose2d):
         return energy
-    return functional.avg_pool2d(energy[:, None], module.stride, divisor_override=1)  # type: ignore[arg-type]
+    return functional.avg_pool2d(energy[:, None], module.stride, divisor_override=1)

@@ -167,7 +167,7 @@ def _cell_count(kind: str, x: Any, wanted: Any) -> int:
         return len(wanted.features)
     if kind == "linear":
         return len(x)
-    images = x if kind == "deconv2d" else wanted
+    images: Tensor = x if kind == "deconv2d" else wanted
     return images[:, 0].numel()
 
 
