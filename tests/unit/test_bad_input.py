@@ -175,7 +175,8 @@ def test_the_checkpoint_of_another_model(build, tiny_run, tmp_path):
     other = tmp_path / "other.pth"
     torch.save({"model_state": {"backbone_2d.blocks.0.1.weight": torch.zeros(3)}}, other)
     words = build("--checkpoint", other, code=4)
-    assert "does not fit centerpoint-tiny: 453 missing: " in words
+    assert "does not fit centerpoint-tiny: it holds nothing known here" in words
+    assert "453 missing: " in words
     assert "1 misshapen: backbone_2d.blocks.0.1.weight" in words
     words = build("--checkpoint", tiny_run / "weights" / "dense.safetensors", code=4, model="centerpoint")
     assert "does not fit centerpoint" in words
