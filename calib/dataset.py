@@ -209,7 +209,7 @@ def read_labels(path: Path, camera: Camera, known: Sequence[str]) -> KittiTruth:
         if words[0].lower() not in spelling:
             raise UsageError(
                 f"{where} has the class '{words[0]}', which nothing here knows.",
-                fix=f"{nearest(words[0], known)} Rename it, or remove the line",
+                fix=f"{nearest(words[0], dict.fromkeys(known))}; rename it, or remove the line",
             )
         values = _numbers(words[1:], where)
         if words[0].lower() == DONT_CARE.lower():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dm3d_deploy.errors import Dm3dError, require
+from dm3d_deploy.errors import Dm3dError, UsageError, require
 from dm3d_deploy.train_plan import MASKED_SHARE, PEAK_RATE, SIMULATED, TrainPlan
 
 if TYPE_CHECKING:
@@ -47,13 +47,16 @@ def train(
     crops a step; there is one a GPU, or 2, or as many as torchrun started. The peak learning rate is 2e-3, with masks
     a tenth of it. Every `score_every` minutes (0: never) AP on frames that are not trained on is logged.
 
-    Raises UsageError for settings that exclude each other, what reading data, weights and runs raises, all before the
-    first step; then TrainingDiverged for a loss that is no number and OutputError for a full disk: the last checkpoint
-    stays.
+    Raises UsageError for settings that exclude each other or another training in `out`, what reading data, weights
+    and runs raises, all before the first step; then TrainingDiverged for a loss that is no number and OutputError for
+    a full disk: the last checkpoint stays.
     """
     require("torch", extra="compile")
     from dm3d_deploy.train_job import place_of, prepare
+    from dm3d_deploy.training.checkpoint import STATE_NAME
 
+    if not resume and (Path(out) / STATE_NAME).exists():
+        raise UsageError(f"{out} holds a training.", fix="go on with it (--resume), or give another --out")
     place = place_of(processes)
     if peak_rate is None:
         peak_rate = PEAK_RATE * (1 if masks is None else MASKED_SHARE)

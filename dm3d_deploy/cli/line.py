@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from dm3d_deploy.recipe import Recipe
 
 
-Cost = Annotated[str | None, typer.Option(help="macs, executed or latency [default: latency for a time, else macs].")]
+Cost = Annotated[
+    str | None, typer.Option(help="macs, executed or latency.", show_default="latency for a time, else macs")
+]
 Profile = Annotated[str | None, typer.Option(help="Of --cost latency: a profile.json, or a device to estimate for.")]
 VoxelKeep = Annotated[
     float,

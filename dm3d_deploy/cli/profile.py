@@ -16,7 +16,7 @@ def profile(
     device: Annotated[str, typer.Option(help="here (measured), or a device of `devices` (estimated).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file, for `build --profile`.")] = Path("profile.json"),
     frames: Annotated[str, typer.Option(help="A point cloud, a folder of them, or 'simulated'.")] = "simulated",
-    voxels: Annotated[int | None, typer.Option(help="Estimate for this many [default: the frames' mean].")] = None,
+    voxels: Annotated[int | None, typer.Option(help="Estimate for this many.", show_default="the frames' mean")] = None,
     precision: Annotated[str, typer.Option(help="fp16 or fp32; estimates are fp16.")] = "fp16",
     repeats: Annotated[int, typer.Option(help="Runs of each layer, of which the median counts.")] = 5,
     seed: Annotated[int, typer.Option(help="Of simulated frames.")] = 0,

@@ -49,10 +49,12 @@ def train(
         Path | None, typer.Option(metavar="CHECKPOINT", help="Learn what these weights answer; labels are not read.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in --out stopped.")] = False,
-    processes: Annotated[int | None, typer.Option(help="Of one thread each [default: one a GPU, 2 without].")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Of one thread each.", show_default="one a GPU, 2 without")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of scenes, crops and starting weights.")] = 0,
     peak_rate: Annotated[
-        float | None, typer.Option(help="Highest learning rate [default: 0.002, with --masks 0.0002].")
+        float | None, typer.Option(help="Highest learning rate.", show_default="0.002, with --masks 0.0002")
     ] = None,
     score_every: Annotated[
         float, typer.Option(help="Minutes of work between scores on frames not trained on; 0: none.")
@@ -101,12 +103,13 @@ def evaluate(
     subject: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="What to evaluate.")],
     data: Annotated[str, typer.Option(help="A labelled folder in KITTI's layout, or 'simulated'.")] = "simulated",
     metric: Annotated[str, typer.Option(help="nuscenes, kitti or once.")] = "nuscenes",
-    frames: Annotated[int | None, typer.Option(help="How many [default: all of a folder, 100 simulated].")] = None,
+    frames: Annotated[int | None, typer.Option(help="How many.", show_default="all of a folder, 100 simulated")] = None,
     names: Annotated[str | None, typer.Option(help="Frames of a folder by name, comma-separated.")] = None,
     sensor: Annotated[
-        str | None, typer.Option(help="Of simulated frames: hdl64, nuscenes32 or once40 [default: the model's own].")
+        str | None,
+        typer.Option(help="Of simulated frames: hdl64, nuscenes32 or once40.", show_default="the model's own"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first simulated frame [default: 1000000000].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first simulated frame.", show_default="1000000000")] = None,
     model: Annotated[str | None, typer.Option(help="A checkpoint's configuration, where no known model fits.")] = None,
     variant: Annotated[str, typer.Option(help="Of a run: pruned or dense.")] = "pruned",
     out: Annotated[Path | None, typer.Option(help="Folder for JSON, text and precision-recall curves.")] = None,

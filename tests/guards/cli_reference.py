@@ -59,6 +59,8 @@ def _spelling(param: Any) -> str:
 def _default(param: Any) -> str:
     if param.required:
         return "required"
+    if isinstance(param.show_default, str):
+        return param.show_default
     return "" if param.default is None or param.default is False else f"`{param.default}`"
 
 

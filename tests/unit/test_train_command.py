@@ -206,11 +206,19 @@ def program(*words, before="", launcher=()):
     )  # fmt: skip
 
 
+def test_a_training_is_not_written_over(cli, tmp_path) -> None:
+    (tmp_path / STATE_NAME).write_bytes(b"of another")
+    code, text = error_of(cli(*LINE, "--out", tmp_path, "--steps", "1"))
+    assert (code, f"{tmp_path} holds a training. " in text) == (2, True)
+    assert "go on with it (--resume), or give another --out" in text
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]
+
+
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(cli, tmp_path) -> None:
     assert cli(*LINE, "--out", tmp_path, "--steps", "1")[0] == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "log.jsonl"}
     (tmp_path / f"{STATE_NAME}.partial").symlink_to("/dev/full")
-    code, text = error_of(cli(*LINE, "--out", tmp_path, "--steps", "2", "--quiet"))
+    code, text = error_of(cli(*LINE, "--out", tmp_path, "--steps", "1", "--resume", "--quiet"))
     assert code == 8
     assert f"{tmp_path / STATE_NAME} could not be written: the disk is full. " in text
     assert (tmp_path / STATE_NAME).read_bytes() == before[STATE_NAME]
