@@ -53,10 +53,9 @@ def train(
     """
     require("torch", extra="compile")
     from dm3d_deploy.train_job import place_of, prepare
-    from dm3d_deploy.training.checkpoint import STATE_NAME
 
-    if not resume and (Path(out) / STATE_NAME).exists():
-        raise UsageError(f"{out} holds a training.", fix="go on with it (--resume), or give another --out")
+    if not resume:
+        _check_free(Path(out))
     place = place_of(processes)
     if peak_rate is None:
         peak_rate = PEAK_RATE * (1 if masks is None else MASKED_SHARE)
@@ -67,6 +66,13 @@ def train(
     )  # fmt: skip
     _run(prepare(plan, place), place, report, note)
     return Path(out) / "weights.safetensors"
+
+
+def _check_free(out: Path) -> None:
+    from dm3d_deploy.training.checkpoint import STATE_NAME
+
+    if (out / STATE_NAME).exists():
+        raise UsageError(f"{out} holds a training.", fix="go on with it (--resume), or give another --out")
 
 
 def _run(job: TrainJob, place: Place, report: Report | None, note: Callable[[str], None] | None) -> None:

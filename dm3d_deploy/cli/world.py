@@ -49,9 +49,7 @@ def train(
         Path | None, typer.Option(metavar="CHECKPOINT", help="Learn what these weights answer; labels are not read.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in --out stopped.")] = False,
-    processes: Annotated[
-        int | None, typer.Option(help="Of one thread each.", show_default="one a GPU, 2 without")
-    ] = None,
+    processes: Annotated[int | None, typer.Option(help="One thread each.", show_default="one a GPU, 2 without")] = None,
     seed: Annotated[int, typer.Option(help="Of scenes, crops and starting weights.")] = 0,
     peak_rate: Annotated[
         float | None, typer.Option(help="Highest learning rate.", show_default="0.002, with --masks 0.0002")
