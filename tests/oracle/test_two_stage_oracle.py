@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from stored_gradients import gradient_errors
 from test_zoo_oracle import filled, found_and_stored, whole_maps
 
 from dm3d_deploy.config import load_config
@@ -130,12 +131,7 @@ def test_every_forward_tensor_agrees(case):
 
 
 def test_gradients_agree(case):
-    errors = {}
-    for key in case.oracle:
-        if key.startswith("grad.") and key.endswith("@value"):
-            name = key.removeprefix("grad.").removesuffix("@value")
-            found = case.grads[name].ravel()[case.oracle[f"grad.{name}@index"]]
-            errors[name] = float(np.linalg.norm(found - case.oracle[key]) / np.linalg.norm(case.oracle[key]))
+    errors = gradient_errors(case.oracle, case.grads)
     print(case.name, len(errors), max(errors.items(), key=lambda item: item[1]))
     assert set(errors) == {f"{layer.name}.weight" for layer in prunable_layers(case.detector) if layer.weight.ndim > 3}
     assert max(errors.values()) <= GRADIENT_TOLERANCE, errors
