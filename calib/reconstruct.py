@@ -7,9 +7,11 @@ Cells count by how much the detector's output feels them (pruning.sensitivity).
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +158,15 @@ class _Samples:
             raise InternalError(f"{layer.name} computed {count} cells where its sensitivity is known at {len(felt)}")
         cells = drawn(count, self._rows_per_input * inputs, felt, rng)
         moments = Moments.empty(inputs, outputs)
-        for rows, targets, weights in ROWS_OF[layer.kind](layer.module, x, wanted, cells):
-            moments.add(rows.numpy(), targets.numpy(), weights)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # a chunk's sums are one thread's, and are added in order
+            for part in pool.map(_moments_of, ROWS_OF[layer.kind](layer.module, x, wanted, cells)):
+                moments.add(part)
         return moments
+
+
+def _moments_of(chunk: tuple[Tensor, Tensor, np.ndarray]) -> Moments:
+    rows, wanted, weights = chunk
+    return Moments.of(rows.numpy(), wanted.numpy(), weights)
 
 
 def _cell_count(kind: str, x: Any, wanted: Any) -> int:

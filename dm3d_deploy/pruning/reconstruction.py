@@ -26,29 +26,39 @@ class Moments:
     mass: float
     x: Float64[np.ndarray, " inputs"]
     y: Float64[np.ndarray, " outputs"]
-    xx: Float64[np.ndarray, "inputs inputs"]
-    xy: Float64[np.ndarray, "inputs outputs"]
+    xx: Float[np.ndarray, "inputs inputs"]
+    xy: Float[np.ndarray, "inputs outputs"]
 
     @classmethod
     def empty(cls, inputs: int, outputs: int) -> Moments:
         """Sums over nothing."""
         return cls(0.0, np.zeros(inputs), np.zeros(outputs), np.zeros((inputs, inputs)), np.zeros((inputs, outputs)))
 
-    def add(
-        self,
+    @classmethod
+    def of(
+        cls,
         x: Float[np.ndarray, "rows inputs"],
         y: Float[np.ndarray, "rows outputs"],
         weights: Float[np.ndarray, " rows"],
-    ) -> None:
-        """Add rows, each as often as its weight says: products in the arrays' own precision, sums in float64."""
+    ) -> Moments:
+        """Sums over rows, each as often as its weight (not negative) says; products in the arrays' own precision."""
         if not len(x) == len(y) == len(weights):
             raise InternalError(f"{len(x)} rows of inputs, {len(y)} of outputs and {len(weights)} weights differ")
-        weighted = x * weights[:, None]
-        self.mass += float(weights.sum(dtype=np.float64))
-        self.x += weighted.sum(axis=0, dtype=np.float64)
-        self.y += (y * weights[:, None]).sum(axis=0, dtype=np.float64)
-        self.xx += weighted.T @ x
-        self.xy += weighted.T @ y
+        roots = np.sqrt(weights)[:, None]
+        rooted, wanted = x * roots, y * roots
+        return cls(
+            mass=float(weights.sum(dtype=np.float64)),
+            x=(rooted * roots).sum(axis=0, dtype=np.float64),
+            y=(wanted * roots).sum(axis=0, dtype=np.float64),
+            xx=rooted.T @ rooted,  # one array times itself costs half of two arrays' product
+            xy=rooted.T @ wanted,
+        )
+
+    def add(self, other: Moments) -> None:
+        """Add the sums over other rows, in the precision of these."""
+        self.mass += other.mass
+        for own, more in ((self.x, other.x), (self.y, other.y), (self.xx, other.xx), (self.xy, other.xy)):
+            own += more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

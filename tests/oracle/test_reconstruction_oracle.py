@@ -49,7 +49,7 @@ def test_refit_is_dense_least_squares(shared):
     moments = Moments.empty(12, 7)
     counts = rng.exponential(size=300)
     for chunk in np.array_split(np.arange(300), 4):
-        moments.add(x[chunk], y[chunk], counts[chunk])
+        moments.add(Moments.of(x[chunk], y[chunk], counts[chunk]))
     found = refit(moments, weight, keep, damping=DAMPING)
     wanted, offset = by_lstsq(x, y, weight, keep, DAMPING, counts)
     np.testing.assert_allclose(found.weight, wanted, rtol=1e-7, atol=1e-9)
@@ -60,7 +60,7 @@ def test_refit_is_dense_least_squares(shared):
 
 def test_inputs_that_never_vary_keep_their_weights():
     moments = Moments.empty(3, 1)
-    moments.add(np.zeros((4, 3)), np.ones((4, 1)), np.ones(4))
+    moments.add(Moments.of(np.zeros((4, 3)), np.ones((4, 1)), np.ones(4)))
     weight = np.array([[1.0], [2.0], [3.0]])
     found = refit(moments, weight, weight < 3, damping=DAMPING)
     assert found.weight.ravel().tolist() == [1.0, 2.0, 0.0]
@@ -70,14 +70,14 @@ def test_inputs_that_never_vary_keep_their_weights():
 @pytest.mark.parametrize(("rows", "damping", "what"), [(0, 0.1, "rows of mass 0"), (2, 0.0, "damping 0")])
 def test_refit_refuses_what_has_no_solution(rows, damping, what):
     moments = Moments.empty(2, 1)
-    moments.add(np.ones((rows, 2)), np.ones((rows, 1)), np.ones(rows))
+    moments.add(Moments.of(np.ones((rows, 2)), np.ones((rows, 1)), np.ones(rows)))
     with pytest.raises(InternalError, match=what):
         refit(moments, np.ones((2, 1)), np.ones((2, 1), dtype=bool), damping=damping)
 
 
 def test_rows_that_do_not_belong_together_are_refused():
     with pytest.raises(InternalError, match="3 rows of inputs, 2 of outputs and 3 weights"):
-        Moments.empty(1, 1).add(np.ones((3, 1)), np.ones((2, 1)), np.ones(3))
+        Moments.of(np.ones((3, 1)), np.ones((2, 1)), np.ones(3))
 
 
 def scene(seed, detector):
