@@ -18,6 +18,7 @@ from dm3d_deploy.errors import UsageError
 from dm3d_deploy.evaluation.benchmarks import Scores, benchmark_scores
 from dm3d_deploy.evaluation.rows import ALL
 from dm3d_deploy.pointcloud import Boxes3D, Detections
+from dm3d_deploy.training.stop import Stop
 
 if TYPE_CHECKING:
     from dm3d_deploy.models.detector import Detector
@@ -49,16 +50,21 @@ def split_names(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
 class LiveScore:
     """AP by class and its mean (percent, nuScenes centre distance) of a detector on frames that are read once."""
 
-    def __init__(self, read: Callable[[], Sequence[DatasetFrame]]) -> None:
-        self._frames = functools.cache(read)
+    def __init__(self, read: Callable[[], Sequence[DatasetFrame]], stop: Stop) -> None:
+        self._frames, self._stop = functools.cache(read), stop
 
     def check(self, config: DetectorConfig) -> None:
         """Raise UsageError where the frames hold nothing that the model could find."""
         self._scores([_nothing(config)] * len(self._frames()))
 
-    def __call__(self, detector: Detector) -> Mapping[str, float | None]:
-        """The score; the detector is in eval mode, on whatever device."""
-        scores = self._scores([detect_in_torch(detector, frame.cloud) for frame in self._frames()])
+    def __call__(self, detector: Detector) -> Mapping[str, float | None] | None:
+        """The score, or None where the training was asked to stop; the detector is in eval mode, on whatever device."""
+        found: list[Detections] = []
+        for frame in self._frames():
+            if self._stop.asked:
+                return None
+            found.append(detect_in_torch(detector, frame.cloud))
+        scores = self._scores(found)
         rows = [row for row in scores.rows if (row.measure, row.subset) == (MEASURE, ALL) and row.objects]
         return {MEAN: scores.summary["mAP"], **{row.class_name: row.ap_percent for row in rows}}
 

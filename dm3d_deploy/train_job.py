@@ -28,9 +28,10 @@ from dm3d_deploy.training.checkpoint import Progress
 from dm3d_deploy.training.distill import distil, zeros_held
 from dm3d_deploy.training.grow import grow_weights, is_smaller
 from dm3d_deploy.training.log import Report
-from dm3d_deploy.training.loop import TrainSettings, train_detector
+from dm3d_deploy.training.loop import TrainSettings, check_trainable, train_detector
 from dm3d_deploy.training.schedule import OneCycle
 from dm3d_deploy.training.start import start_weights
+from dm3d_deploy.training.stop import Stop
 from dm3d_deploy.training.team import Team
 
 Sizes = tuple[float, float, float]
@@ -88,25 +89,28 @@ class TrainJob:
     teacher: Detector | None
     score: LiveScore | None
     notes: tuple[str, ...]
+    stop: Stop
 
     def run(self, team: Team, report: Report | None) -> Progress:
-        """Train to the end, or to the first error."""
+        """Train to the end, to the first error, or until it is asked to stop."""
         out, resume = Path(self.plan.out), self.plan.resume
         if self.teacher is not None:
             return distil(
                 self.detector, self.teacher, self.batches, self.settings, out=out, masks=self.masks, resume=resume,
-                team=team, score=self.score, report=report,
+                team=team, score=self.score, report=report, stop=self.stop,
             )  # fmt: skip
         return train_detector(
             self.detector, self.batches, self.settings, out=out, resume=resume, team=team, score=self.score,
             after_step=None if self.masks is None else zeros_held(self.detector, self.masks), report=report,
+            stop=self.stop,
         )  # fmt: skip
 
 
-def prepare(plan: TrainPlan, place: Place) -> TrainJob:
+def prepare(plan: TrainPlan, place: Place, stop: Stop) -> TrainJob:
     """Read what the plan names; raises what reading it raises, and UsageError for what cannot go together."""
     config = load_config(plan.model)
-    source = _simulated(plan, config, place) if plan.data == SIMULATED else _folder(plan, config, place)
+    check_trainable(config)
+    source = (_simulated if plan.data == SIMULATED else _folder)(plan, config, place, stop)
     detector, masks, notes = build_detector(config), None, source.notes
     if plan.masks is not None:
         masks = _from_run(plan, detector)
@@ -129,7 +133,7 @@ def prepare(plan: TrainPlan, place: Place) -> TrainJob:
     )
     return TrainJob(
         plan=plan, detector=detector, batches=source.batches, settings=settings, masks=masks, teacher=teacher,
-        score=source.score, notes=notes,
+        score=source.score, notes=notes, stop=stop,
     )  # fmt: skip
 
 
@@ -155,19 +159,19 @@ class _Source:
     notes: tuple[str, ...]
 
 
-def _simulated(plan: TrainPlan, config: DetectorConfig, place: Place) -> _Source:
+def _simulated(plan: TrainPlan, config: DetectorConfig, place: Place, stop: Stop) -> _Source:
     if plan.epochs is not None:
         raise UsageError("simulated scenes never repeat, so they have no epochs.", fix="give minutes or steps")
     return _Source(
         batches=SimulatedCrops(config, seed=plan.seed, rank=place.rank, crops=plan.crops),
         steps=None,
-        score=LiveScore(lambda: simulated_live_frames(config)) if plan.score_every else None,
+        score=LiveScore(lambda: simulated_live_frames(config), stop) if plan.score_every else None,
         sizes_m={},
         notes=(),
     )
 
 
-def _folder(plan: TrainPlan, config: DetectorConfig, place: Place) -> _Source:
+def _folder(plan: TrainPlan, config: DetectorConfig, place: Place, stop: Stop) -> _Source:
     labelled = plan.teacher is None
     folder: TrainingFolder = (open_labelled if labelled else open_unlabelled)(plan.data, config)
     names, score, notes = tuple(folder.paths), None, []
@@ -178,7 +182,7 @@ def _folder(plan: TrainPlan, config: DetectorConfig, place: Place) -> _Source:
         notes.append("the frames teach by what the teacher answers; labels are not read, and nothing is scored")
     elif plan.score_every:
         names, held_back = split_names(names)
-        score = _folder_score(folder, held_back)
+        score = _folder_score(folder, held_back, stop)
         if place.rank == 0:
             score.check(config)
         notes.append(f"not trained on but scored: the last {len(held_back)} of {len(folder.paths)} frames")
@@ -187,9 +191,9 @@ def _folder(plan: TrainPlan, config: DetectorConfig, place: Place) -> _Source:
     return _Source(batches=batches, steps=steps, score=score, sizes_m=folder.sizes_m, notes=tuple(notes))
 
 
-def _folder_score(folder: TrainingFolder, names: tuple[str, ...]) -> LiveScore:
+def _folder_score(folder: TrainingFolder, names: tuple[str, ...], stop: Stop) -> LiveScore:
     frames = folder.folder
-    return LiveScore(lambda: [] if frames is None else [frames.read(name) for name in names])
+    return LiveScore(lambda: [] if frames is None else [frames.read(name) for name in names], stop)
 
 
 def _from_run(plan: TrainPlan, detector: Detector) -> dict[str, np.ndarray]:

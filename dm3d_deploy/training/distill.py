@@ -24,6 +24,7 @@ from dm3d_deploy.training.checkpoint import Progress
 from dm3d_deploy.training.log import Report
 from dm3d_deploy.training.loop import Score, TrainSettings, column_scale, columns_multiplied, raw_maps, train_detector
 from dm3d_deploy.training.losses import values_at
+from dm3d_deploy.training.stop import Stop
 from dm3d_deploy.training.team import Team
 
 BOX_SHARE = 500 / 128**2  # the 500 cells that pruning looks at in CenterPoint's map
@@ -139,6 +140,7 @@ def distil(
     team: Team | None = None,
     score: Score | None = None,
     report: Report | None = None,
+    stop: Stop | None = None,
 ) -> Progress:
     """Train `detector` in place, as `train_detector` does, to answer as the frozen `teacher`; labels are not looked at.
 
@@ -163,4 +165,5 @@ def distil(
         return train_detector(
             detector, batches, replace(settings, frozen_norms=True), out=out, losses=losses, resume=resume, team=team,
             after_step=None if masks is None else zeros_held(detector, masks), score=score, report=report,
+            stop=stop,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from dm3d_deploy.training.checkpoint import Progress, load_training, save_traini
 from dm3d_deploy.training.log import LogRow, Report, ScoreRow, StepValues, write_row
 from dm3d_deploy.training.losses import center_losses
 from dm3d_deploy.training.schedule import OneCycle
+from dm3d_deploy.training.stop import Stop
 from dm3d_deploy.training.team import Team
 
 # Raw columns differ by three powers of ten, and Adam moves every weight alike: trained on columns of one size, the
@@ -43,8 +44,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 # The parts of a batch's loss by name; their sum is minimised.
 LossSource = Callable[[Batch], Mapping[str, Float[Tensor, ""]]]
-# Average precision (percent) by class, and its mean, of a detector in eval mode.
-Score = Callable[[Detector], Mapping[str, float | None]]
+# Average precision (percent) by class, and its mean, of a detector in eval mode; None where it was broken off.
+Score = Callable[[Detector], Mapping[str, float | None] | None]
 
 
 class TrainingDiverged(Dm3dError):
@@ -157,12 +158,14 @@ def train_detector(
     after_step: Callable[[], None] | None = None,
     score: Score | None = None,
     report: Report | None = None,
+    stop: Stop | None = None,
 ) -> Progress:
     """Train the detector in place, where it lies, and leave it in eval mode; `resume` goes on from the state in `out`.
 
     `losses` are minimised, by default those of labels; they see columns scaled by `column_scale`. `after_step` runs
     behind every update: pruned weights are put back to zero there. `score` rates the detector every
-    `settings.score_every_s` seconds of work, and changes nothing. Raises TrainingDiverged when a loss is no number any
+    `settings.score_every_s` seconds of work, and changes nothing. When `stop` of any process of the team was asked, all
+    end behind the same step, saved: the settings' share of the progress is then below one. Raises TrainingDiverged when a loss is no number any
     more, UsageError as `check_trainable` does, and OutputError when a disk is full: the last checkpoint stays whole.
     """
     team = team or Team()
@@ -174,20 +177,21 @@ def train_detector(
     run = _Run(
         detector=detector, optimiser=optimiser, settings=settings, progress=progress, team=team, out=out,
         losses=losses or labelled_losses(detector, half_2d=settings.half_2d), scale=column_scale(detector),
+        stop=stop or Stop(),
     )  # fmt: skip
-    with columns_multiplied(detector, run.scale):
-        while settings.share_done(progress) < 1:
+    with columns_multiplied(detector, run.scale), run.stop.patient():
+        while settings.share_done(progress) < 1 and not run.stopped:
             began = time.perf_counter()
             rate = run.update(batches(progress.step))
             if after_step is not None:
                 after_step()
             progress.step += 1
             progress.step_s = time.perf_counter() - began
-            if progress.step % settings.log_every == 0 or settings.share_done(progress) == 1:
+            if progress.step % settings.log_every == 0 or settings.share_done(progress) == 1 or run.stopped:
                 run.log(rate, report)
             if progress.active_s - progress.scored_s >= settings.score_every_s:
                 progress.scored_s = progress.active_s
-                if score is not None and team.leads:
+                if score is not None and team.leads and not run.stopped:
                     run.score(score, report)
             if progress.active_s - progress.saved_s >= settings.save_every_s:
                 run.save()
@@ -201,12 +205,12 @@ def check_trainable(config: DetectorConfig) -> None:
     if isinstance(config.head, CenterHeadConfig) and config.head.sparse:
         raise UsageError(
             f"{config.name} has a sparse head, and no targets are made here for its active cells.",
-            fix="train it with OpenPCDet; --recover reconstruct needs no training",
+            fix="train it with OpenPCDet; build --recover reconstruct needs no training",
         )
     if config.second_stage is not None:
         raise UsageError(
             f"{config.name} has a second stage, and no targets are made here for its RoIs.",
-            fix="train it with OpenPCDet; --recover reconstruct needs no training",
+            fix="train it with OpenPCDet; build --recover reconstruct needs no training",
         )
 
 
@@ -239,6 +243,8 @@ class _Run:
     out: Path
     losses: LossSource
     scale: Float[Tensor, " columns"]
+    stop: Stop
+    stopped: bool = False  # whether one of the team was asked
     since_log: list[StepValues] = field(default_factory=list)
 
     def update(self, batch: Batch) -> float:
@@ -251,9 +257,10 @@ class _Run:
         parts = torch.stack(list(losses.values()))
         self.optimiser.zero_grad()
         parts.sum().backward()
-        told = torch.cat([parts.detach(), parts.new_tensor([self.progress.step_s])])
-        *means, step_s = self.team.average_gradients(self.detector.parameters(), told).tolist()
+        told = torch.cat([parts.detach(), parts.new_tensor([self.progress.step_s, self.stop.asked])])
+        *means, step_s, asked = self.team.average_gradients(self.detector.parameters(), told).tolist()
         self.progress.active_s += min(step_s, LONGEST_STEP_S)
+        self.stopped = asked > 0
         norm = float(nn.utils.clip_grad_norm_(self.detector.parameters(), self.settings.clip_norm))
         values = StepValues(losses=dict(zip(losses, means, strict=True)), gradient_norm=norm)
         if not all(math.isfinite(value) for value in (*means, norm)):
@@ -276,8 +283,9 @@ class _Run:
                 ap_percent = score(self.detector)
         finally:
             _train_mode(self.detector, self.settings)
-        row = ScoreRow(step=self.progress.step, active_s=self.progress.active_s, ap_percent=ap_percent)
-        write_row(self.out, row, report)
+        if ap_percent is not None:
+            row = ScoreRow(step=self.progress.step, active_s=self.progress.active_s, ap_percent=ap_percent)
+            write_row(self.out, row, report)
 
     def save(self) -> None:
         """Write state and weights; the first process does, with everybody's batch-norm statistics."""

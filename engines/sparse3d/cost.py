@@ -19,11 +19,11 @@ WORD_BYTES = 4
 
 def cost_of(
     backbone: Backbone, tiled: Mapping[str, TiledWeights], frames: Sequence[FrameStatistics], *, frame: Frame,
-    capacity: int, element_bytes: int, conv_rows: int,
+    capacities: Mapping[str, int], element_bytes: int, conv_rows: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Mean over the frames, per part of the plan, and per layer the tile products that are predicted.
 
-    `frame` is what the plan starts at, `capacity` the rows of its first stage. `multiplications` are those of the tiles
+    `frame` is what the plan starts at, `capacities` the rows of its stages. `multiplications` are those of the tiles
     that run, padding included; `dense_multiplications` those of the same plan if no weight were pruned;
     `useful_multiplications` those of pairs of rows with the channels of stored tiles. UsageError for a plan that starts
     at points and frames that do not say how many they had.
@@ -34,13 +34,14 @@ def cost_of(
         )
     rows = [
         {
-            "entry_bytes": _entry_bytes(backbone, item, frame, capacity, element_bytes),
+            "entry_bytes": _entry_bytes(backbone, item, frame, capacities[ENTRY], element_bytes),
             **_frame(backbone, tiled, item, element_bytes, conv_rows),
+            "given_bytes": _given_bytes(backbone, item, capacities, element_bytes),
         }
         for item in frames
     ]
     for row in rows:
-        row["moved_bytes"] = sum(row[f"{part}_bytes"] for part in ("entry", "index", "convolution", "map"))
+        row["moved_bytes"] = sum(row[f"{part}_bytes"] for part in ("entry", "index", "convolution", "map", "given"))
     products = np.stack([predicted_tiles(backbone, tiled, item) for item in frames])
     return {
         "frames": len(frames),
@@ -98,6 +99,16 @@ def _entry_bytes(backbone: Backbone, found: FrameStatistics, frame: Frame, capac
     else:
         words += sites * ((3 + 2) + (4 + columns))
     return words * WORD_BYTES + sites * pitch_of(columns) * element_bytes
+
+
+def _given_bytes(backbone: Backbone, frame: FrameStatistics, capacities: Mapping[str, int], element_bytes: int) -> int:
+    """Rows that leave the plan: those of the frame are read, those of the capacity written, in fp32 with z, y, x."""
+    total = 0
+    for layer in (layer for name in backbone.given.values() for layer in backbone.layers if layer.name == name):
+        channels = len(layer.bias)
+        total += frame.counts[layer.stage_out] * (WORD_BYTES + channels * element_bytes)
+        total += capacities[layer.stage_out] * (channels + 3) * WORD_BYTES
+    return total
 
 
 def _index_bytes(backbone: Backbone, frame: FrameStatistics) -> int:

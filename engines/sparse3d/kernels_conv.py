@@ -1,4 +1,4 @@
-"""Convolution over tile lists, and the dense bird's-eye view."""
+"""Convolution over tile lists, and what leaves a plan: the dense bird's-eye view, and rows of stages."""
 
 import triton
 import triton.language as tl
@@ -65,3 +65,24 @@ def to_bev(
     address = features_ptr + row[None, :] * PITCH + channel[:, None]
     values = tl.load(address, mask=real & (row >= 0)[None, :], other=0.0)
     tl.store(bev_ptr + (channel[:, None] * depth + z) * plane + cell[None, :], values, mask=real & inside[None, :])
+
+
+@triton.jit
+def give_rows(
+    features_ptr, site_ptr, count_ptr, out_ptr, cell_ptr, capacity, channels, height, width,
+    PITCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[row, channel] = features in fp32 without padding, cell[axis, row] = z, y, x; behind the count 0 and -1."""
+    n = rows_of(count_ptr, capacity)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine, real = row < n, row < capacity
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    there = (channel < channels)[None, :]
+    address = features_ptr + row[:, None] * PITCH + channel[None, :]
+    values = tl.load(address, mask=mine[:, None] & there, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row[:, None] * channels + channel[None, :], values, mask=real[:, None] & there)
+    if tl.program_id(1) == 0:
+        key = tl.load(site_ptr + row, mask=mine, other=0)
+        tl.store(cell_ptr + row, tl.where(mine, key // (width * height), -1), mask=real)
+        tl.store(cell_ptr + capacity + row, tl.where(mine, (key // width) % height, -1), mask=real)
+        tl.store(cell_ptr + 2 * capacity + row, tl.where(mine, key % width, -1), mask=real)

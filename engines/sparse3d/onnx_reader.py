@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,12 +64,16 @@ class Convolution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backbone:
-    """The whole: `layers` in forward order, the last of them becomes the bird's-eye view."""
+    """The whole: `layers` in forward order, the last of them becomes the bird's-eye view.
+
+    `given` names by output ("x_conv3") the layers whose rows leave the node too: features.x_conv3, sites.x_conv3.
+    """
 
     stages: tuple[Stage, ...]
     layers: tuple[Convolution, ...]
     max_voxels: int
     columns: int
+    given: Mapping[str, str] = field(default_factory=dict)
 
     def stage(self, name: str) -> Stage:
         """The stage of that name."""
@@ -103,6 +107,7 @@ def read_backbone(path: Path) -> Backbone:
     reader = _Reader(str(path))
     for node in bodies[0].node:
         reader.read(node)
+    reader.outputs = dict(zip(model.graph.node[0].output, bodies[0].output, strict=False))
     return reader.backbone(max_voxels=int(call["max_voxels"]), columns=shapes["features"][1])
 
 
@@ -123,6 +128,7 @@ class _Reader:
         self.cells: dict[str, dict[str, Any]] = {}
         self.sums: dict[str, str] = {}
         self.added: dict[str, str] = {}
+        self.outputs: dict[str, str] = {}
         self.last = ""
 
     def read(self, node: Any) -> None:
@@ -185,8 +191,6 @@ class _Reader:
         self.sums[node.output[0]] = name
 
     def _close(self, name: str, output: str) -> None:
-        from dataclasses import replace
-
         adds = self.added.get(name, "")
         if output != name or (adds and adds not in self.layers):
             self._refuse(f"the layer {name} ends in '{output}' and adds '{adds}', not the result of a layer")
@@ -203,8 +207,21 @@ class _Reader:
         for layer in layers:
             self._check(layer)
         return Backbone(
-            stages=tuple(self.stages.values()), layers=tuple(layers), max_voxels=max_voxels, columns=columns
-        )
+            stages=tuple(self.stages.values()), layers=tuple(layers), max_voxels=max_voxels, columns=columns,
+            given=self._given(),
+        )  # fmt: skip
+
+    def _given(self) -> dict[str, str]:
+        """The layers whose rows leave the node, in the order of its outputs: bev, status, then features and sites."""
+        names = [name.removeprefix("features.") for name in self.outputs if name.startswith("features.")]
+        pairs = [f"{part}.{name}" for name in names for part in ("features", "sites")]
+        if list(self.outputs) != ["bev", "status", *pairs]:
+            self._refuse(f"its outputs are {list(self.outputs)}, not bev, status, and features and sites of stages")
+        given = {name: self.outputs[f"features.{name}"] for name in names}
+        for name, layer in given.items():
+            if layer not in self.layers or self.outputs[f"sites.{name}"] != f"{self.layers[layer].stage_out}.sites":
+                self._refuse(f"its output features.{name} is '{layer}', which is no layer with the sites given")
+        return given
 
     def _check(self, layer: Convolution) -> None:
         stage = self.stages[layer.stage_out]

@@ -33,7 +33,7 @@ DROPPED = (
     "behind the last row",
 )
 COUNTS_FROM = len(DROPPED) + 1  # the cut-off radius lies between
-BEV_CHANNELS = 64
+OUT_CHANNELS = 64
 
 
 def plan_backbone(
@@ -117,6 +117,10 @@ class _Planner:
         # in the order of the ONNX node's outputs, as a plugin binds them
         self.bev = make.binding("output", "bev", precision, *backbone.bev_shape)
         self.status = make.binding("output", "status", "i32", len(backbone.stages))
+        for name, layer in self._given():
+            rows = self.capacities[layer.stage_out]
+            make.binding("output", f"features.{name}", "fp32", rows, len(layer.bias))
+            make.binding("output", f"sites.{name}", "i32", 3, rows)
         self.executed = make.cleared("executed", "i32", len(backbone.layers)) if count_tiles else self.report
         for stage in backbone.stages:
             words = -(-prod(stage.grid) // 32)
@@ -141,6 +145,9 @@ class _Planner:
             if layer.book not in self.books:
                 self._rulebook(layer, stage)
             self._convolve(layer, number)
+            for name, given in self._given():
+                if given is layer:
+                    self._give(name, layer)
         self._bev()
         words = [StatusWord(name=name, kind="dropped") for name in DROPPED]
         words.append(StatusWord(name="cut-off", kind="cutoff_m"))
@@ -248,11 +255,28 @@ class _Planner:
         )  # fmt: skip
         self.features[layer.name] = out
 
+    def _given(self) -> list[tuple[str, Convolution]]:
+        """The layers that give their rows out, by the name of the output."""
+        layers = {layer.name: layer for layer in self.backbone.layers}
+        return [(name, layers[layer]) for name, layer in self.backbone.given.items()]
+
+    def _give(self, name: str, layer: Convolution) -> None:
+        """Write the rows of a layer as the ONNX node gives them, on all rows of the capacity."""
+        array, stage, shapes = self.assembly.array, self.backbone.stage(layer.stage_out), self.shapes
+        rows, channels = self.capacities[stage.name], len(layer.bias)
+        block = min(OUT_CHANNELS, power_of_two(channels))
+        self.assembly.launch(
+            "kernels_conv.give_rows", [programs(rows, shapes.strided_rows), programs(channels, block)],
+            self.features[layer.name], array(f"{stage.name}.sites"), array(f"{stage.name}.count"),
+            array(f"features.{name}"), array(f"sites.{name}"), rows, channels, *stage.grid[1:],
+            PITCH=pitch_of(channels), CHANNELS=block, BLOCK=shapes.strided_rows,
+        )  # fmt: skip
+
     def _bev(self) -> None:
         make, layer = self.assembly, self.backbone.layers[-1]
         depth, height, width = self.backbone.stage(layer.stage_out).grid
         channels, cells = len(layer.bias), self.shapes.bev_cells
-        block = min(BEV_CHANNELS, power_of_two(channels))
+        block = min(OUT_CHANNELS, power_of_two(channels))
         make.launch(
             "kernels_conv.to_bev", [programs(height * width, cells), depth, programs(channels, block)],
             self.features[layer.name], make.array(f"{layer.stage_out}.bits"),
@@ -273,12 +297,14 @@ class _Planner:
         cost = {}
         if calibration:
             paid = cost_of(
-                self.backbone, self.tiled, calibration, frame=self.frame, capacity=self.capacities[ENTRY],
+                self.backbone, self.tiled, calibration, frame=self.frame, capacities=self.capacities,
                 element_bytes=ELEMENT_BYTES[self.precision], conv_rows=self.shapes.conv_rows,
             )  # fmt: skip
             cost = {"cost": paid}
+        given = {name: layer.stage_out for name, layer in self._given()}
         return {
             **cost,
+            **({"given": given} if given else {}),
             "precision": self.precision,
             "conv_rows": self.shapes.conv_rows,
             "tile_shapes": {name: list(tiled.tile_shape) for name, tiled in self.tiled.items()},

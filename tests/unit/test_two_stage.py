@@ -8,17 +8,16 @@ import torch
 import yaml
 from run_sample import tiny_recipe
 from test_pcdet_live import EasyDict, SECONDNet
-from two_stage_sample import VARIANTS, variant, variant_text
+from two_stage_sample import VARIANTS, deployed_from, variant, variant_text
 from zoo_sample import small_cloud_points
 
 from calib.gradients import sketch_gradients
 from dm3d_deploy import build as builder
 from dm3d_deploy.api import detector_from_pcdet
-from dm3d_deploy.artifacts import digest_of_file
 from dm3d_deploy.config import load_config
 from dm3d_deploy.detect import load_run
 from dm3d_deploy.detect_in_torch import detect_in_torch
-from dm3d_deploy.detect_two_stage import GEOMETRY, TwoStageDeployed
+from dm3d_deploy.detect_two_stage import GEOMETRY
 from dm3d_deploy.device import device_named
 from dm3d_deploy.errors import EngineError, ExportError, InternalError, UsageError
 from dm3d_deploy.geometry.decode import decoded
@@ -39,9 +38,6 @@ from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import native_from_taps, taps_from_native
 from dm3d_deploy.steps.layers import layers_of
 from dm3d_deploy.training.loop import check_trainable
-from engines.onnx_runtime import open_session
-from exporters.backbone3d import export_backbone3d
-from exporters.bev_head import export_bev_head
 from exporters.graph_checks import check_graph
 from exporters.graph_files import interface, safe_load
 from exporters.second_stage import export_second_stage
@@ -188,18 +184,6 @@ def test_a_weight_that_is_not_finite_is_not_exported(tmp_path):
         detector.roi_head.cls_pred_layer.bias.fill_(float("nan"))
     with pytest.raises(ExportError, match=r"roi_head.cls_pred_layer holds weights that are not finite"):
         export_second_stage(detector, tmp_path / "second.onnx")
-
-
-def deployed_from(detector, folder):
-    """The graphs of a detector, opened; what a run's manifest would check is left out."""
-    export_bev_head(detector, folder / "head.onnx", precision="fp32")
-    export_backbone3d(detector, folder / "backbone.onnx", max_voxels=detector.config.voxels.max_voxels)
-    export_second_stage(detector, folder / "second.onnx")
-    sessions = {
-        name: open_session(folder / f"{name}.onnx", digest=digest_of_file(folder / f"{name}.onnx"), threads=1)
-        for name in ("backbone", "head", "second")
-    }
-    return TwoStageDeployed(config=detector.config, manifest=None, variant="dense", **sessions)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

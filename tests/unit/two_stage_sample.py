@@ -2,7 +2,13 @@
 
 from zoo_sample import CONFIGS
 
+from dm3d_deploy.artifacts import digest_of_file
 from dm3d_deploy.config import config_from_text
+from dm3d_deploy.detect_two_stage import TwoStageDeployed
+from engines.onnx_runtime import open_session
+from exporters.backbone3d import export_backbone3d
+from exporters.bev_head import export_bev_head
+from exporters.second_stage import export_second_stage
 
 FIRST = (
     ("[0.0, -40.0, -3.0, 70.4, 40.0, 1.0]", "[0.0, -6.4, -3.0, 12.8, 6.4, 1.0]"),
@@ -48,3 +54,15 @@ def variant_text(name):
 def variant(name):
     """The configuration of a small variant."""
     return config_from_text(variant_text(name), f"small-{name}.yaml")
+
+
+def deployed_from(detector, folder):
+    """The graphs of a detector, opened; what a run's manifest would check is left out."""
+    export_bev_head(detector, folder / "head.onnx", precision="fp32")
+    export_backbone3d(detector, folder / "backbone.onnx", max_voxels=detector.config.voxels.max_voxels)
+    export_second_stage(detector, folder / "second.onnx")
+    sessions = {
+        name: open_session(folder / f"{name}.onnx", digest=digest_of_file(folder / f"{name}.onnx"), threads=1)
+        for name in ("backbone", "head", "second")
+    }
+    return TwoStageDeployed(config=detector.config, manifest=None, variant="dense", **sessions)
