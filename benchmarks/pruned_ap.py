@@ -21,11 +21,12 @@ from calib.held_out import FIRST_SCORE_SEED
 from calib.pool import FramePool
 from dm3d_deploy.artifacts import digest_of_file, write_bytes
 from dm3d_deploy.build import build, source_digest, tool_versions
-from dm3d_deploy.config import load_config
+from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.device import stamp_here
 from dm3d_deploy.evaluation.rows import ALL, VULNERABLE
 from dm3d_deploy.evaluation.variants import EVERY_MEAN, MEASURE, VULNERABLE_MEAN, VariantRow, variant_rows
-from dm3d_deploy.held_out_score import detect_scenes, simulate_scenes
+from dm3d_deploy.held_out_score import Scenes, detect_scenes, simulate_scenes
+from dm3d_deploy.pointcloud import Detections
 from dm3d_deploy.recipe import RECOVERIES, recipe_from_mapping
 from dm3d_deploy.reporting.facts import duration, significant
 
@@ -71,9 +72,10 @@ def steps_of(run: Path) -> tuple[str, ...]:
     )
 
 
-def scored(root: Path, model: str, variants: Sequence[Variant], frames: int, seed: int) -> tuple[str, list[VariantRow]]:
-    """What the scenes are, and the rows of all variants, named by their place."""
-    config = load_config(model)
+def detected(
+    root: Path, config: DetectorConfig, variants: Sequence[Variant], frames: int, seed: int
+) -> tuple[Scenes, dict[str, list[Detections]]]:
+    """The scenes, and what each variant finds in them, by its place."""
     scenes = simulate_scenes(
         root / "scenes.safetensors", config, frames=frames, first_seed=seed, advanced=told("scene", frames)
     )
@@ -84,8 +86,12 @@ def scored(root: Path, model: str, variants: Sequence[Variant], frames: int, see
                 scenes, variant.weights, config, pool, folder=root / "found",
                 advanced=told(f"{variant.kept} {variant.recovery}, scene", frames),
             )  # fmt: skip
-    others = tuple(found)[1:]
-    return scenes.words, list(variant_rows(found, scenes.labels, config.voxels.point_range_m, compared=others))
+    return scenes, found
+
+
+def rows_of(scenes: Scenes, found: Mapping[str, list[Detections]], config: DetectorConfig) -> list[VariantRow]:
+    """AP of every variant, and how far the others are from the first."""
+    return list(variant_rows(found, scenes.labels, config.voxels.point_range_m, compared=tuple(found)[1:]))
 
 
 def told(what: str, total: int) -> Callable[[int], None]:
@@ -98,10 +104,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def table(variants: Sequence[Variant], rows: Sequence[VariantRow]) -> str:
+def table(variants: Sequence[Variant], rows: Sequence[VariantRow], column: str = "recovery") -> str:
     """AP in percent; in brackets the change from dense in points with its 95 % bootstrap interval over frames."""
     shown = [row for name in SHOWN for row in rows if row.name == name and row.subset == ALL and row.objects]
-    lines = ["| kept | recovery | " + " | ".join(f"{row.name} ({row.objects})" for row in shown) + " |"]
+    lines = [f"| kept | {column} | " + " | ".join(f"{row.name} ({row.objects})" for row in shown) + " |"]
     lines.append("|" + "---|" * (len(shown) + 2))
     for place, variant in enumerate(variants):
         cells = [cell(row, str(place)) for row in shown]
@@ -122,19 +128,19 @@ def cell(row: VariantRow, variant: str) -> str:
     return f"{text} ({change.points:+.1f}{sure})"
 
 
-def page(words: str, variants: Sequence[Variant], rows: Sequence[VariantRow]) -> str:
-    """The table with what it was measured on, by which command, which code and which weights."""
+def page(words: str, variants: Sequence[Variant], tables: str, module: str = "pruned_ap") -> str:
+    """The tables with what they were measured on, by which command, which code and which weights."""
     stamp = stamp_here().as_json()
     tools = ", ".join(f"{name} {version}" for name, version in tool_versions(("torch", "numpy")).items())
     return "\n".join(
         [
-            f"`{shlex.join(['python', '-m', 'benchmarks.pruned_ap', *sys.argv[1:]])}`",
+            f"`{shlex.join(['python', '-m', f'benchmarks.{module}', *sys.argv[1:]])}`",
             "",
             f"AP in percent ({MEASURE}) on {words}: simulated, no sensor recorded them. In brackets the change from",
             "dense in points and its 95 % interval, 1,000 resamples of whole frames, both detectors alike; beside a",
             "class its number of objects. The detector runs in torch in 32-bit floats.",
             "",
-            table(variants, rows),
+            tables,
             "",
             f"Dense weights {digest_of_file(variants[0].weights)[:12]}, code {source_digest()[:12]}, {tools}; "
             f"{stamp['cpu']}, {stamp['cores_usable']} of {stamp['cores']} cores.",
@@ -172,8 +178,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = options.work or Path(folder)
         variants = variants_of(root, fields_of(options), targets, options.recover.split(","))
-        words, rows = scored(root, options.model, variants, options.frames, options.seed)
-        text = page(words, variants, rows)
+        config = load_config(options.model)
+        scenes, found = detected(root, config, variants, options.frames, options.seed)
+        text = page(scenes.words, variants, table(variants, rows_of(scenes, found, config)))
     if options.out is None:
         print(text)
     else:

@@ -99,13 +99,18 @@ class Case:
         room: int | None = None,
         shapes: KernelShapes = DEVICE,
     ) -> Plan:
-        """The neutral plan for this frame; with `keep` its arrays stay, `room` is the rows of the first stage."""
+        """The neutral plan for this frame; `room` is the rows of the first stage.
+
+        With `keep` its arrays stay, and each stage gives its last layer's rows out as for a second stage.
+        """
         most = self.detector.config.voxels.max_voxels
         capacities = capacities_from([self.statistics], margin=MARGIN, max_voxels=most)
         capacities[ENTRY] = room or capacities[ENTRY]
         frame = self.frame(points=points)
+        given = {layer.stage_out: layer.name for layer in self.backbone.layers}
         return plan_backbone(
-            self.backbone, frame=frame, capacities=capacities, precision=precision, shapes=shapes,
+            replace(self.backbone, given=given) if keep else self.backbone,
+            frame=frame, capacities=capacities, precision=precision, shapes=shapes,
             keep=keep(self.backbone, frame, capacities[ENTRY]) if keep else (),
             calibration=[self.statistics], count_tiles=keep is not None,
         )  # fmt: skip

@@ -348,10 +348,20 @@ def to_bev(evidence: Evidence, v: dict[str, Any], names: Mapping[str, str]) -> I
     yield "map", exactly(v["bev"]).reshape(dense.shape), exactly(dense)
 
 
+def give_rows(evidence: Evidence, v: dict[str, Any], names: Mapping[str, str]) -> Iterator[Comparison]:
+    count = int(v["count"][0])
+    rows, cells = np.zeros(v["out"].shape, np.float32), np.full(v["cell"].shape, -1)
+    rows[:count] = v["features"][:count, : v["channels"]]
+    key = v["site"][:count]
+    cells[:, :count] = key // v["width"] // v["height"], key // v["width"] % v["height"], key % v["width"]
+    yield "rows", exactly(v["out"]), exactly(rows)
+    yield "cells", v["cell"], cells
+
+
 CHECKS: Mapping[str, Callable[..., Iterator[Comparison]]] = {
     check.__name__: check
     for check in (
         enter_voxels, enter_points, ring_cutoff, drop_far, rank_block_sums, rank_prefix, canonicalise, sum_points,
-        mean_features, bitmap_set_strided, emit_strided_sites, rulebook, tile_lists, conv_tile_list, to_bev,
+        mean_features, bitmap_set_strided, emit_strided_sites, rulebook, tile_lists, conv_tile_list, to_bev, give_rows,
     )
 }  # fmt: skip
