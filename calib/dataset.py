@@ -27,6 +27,7 @@ KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist",
 OTHER_TYPES = ("bus", "trailer", "construction_vehicle", "barrier", "motorcycle", "bicycle", "traffic_cone")
 LABEL_WORDS = 15
 IMAGE_PX = (1242, 375)  # KITTI's usual image; its sizes differ by a few pixels and stand in no text file
+NAMES_CHOOSE = "name the frames that have them (evaluate --names)"
 IMAGES = {b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image"}
 
 
@@ -104,9 +105,12 @@ def refuse_image(path: Path) -> None:
             raise FrameError(f"{path} is {what}, not points.", fix=f"put the LiDAR frames into {POINTS}")
 
 
-def open_dataset(path: str | Path, names: Sequence[str] | None = None) -> LabelledFolder:
+def open_dataset(
+    path: str | Path, names: Sequence[str] | None = None, *, otherwise: str = NAMES_CHOOSE
+) -> LabelledFolder:
     """The frames of `path` or `path`/training, all of them or those named, without reading points.
 
+    `otherwise` is what a caller offers, beside adding the files, where frames have no labels or calibration.
     Raises UsageError for a folder of another layout and for names it does not hold, FrameError for frames without
     labels or calibration, for images among the points, and for a simulated set that was not written to its end.
     """
@@ -132,7 +136,7 @@ def open_dataset(path: str | Path, names: Sequence[str] | None = None) -> Labell
     if not chosen:
         raise FrameError(f"{root / POINTS} holds no frame.", fix="copy the LiDAR frames into it")
     for part in (LABELS, CALIB):
-        _check_complete(root, part, chosen)
+        _check_complete(root, part, chosen, otherwise)
     if info is not None and names is None and len(chosen) < info.frames:
         raise FrameError(
             f"{root} holds {len(chosen)} of its {info.frames} simulated frames.",
@@ -141,13 +145,13 @@ def open_dataset(path: str | Path, names: Sequence[str] | None = None) -> Labell
     return LabelledFolder(root=root, paths={name: paths[name] for name in chosen}, info=info)
 
 
-def _check_complete(root: Path, part: str, names: Sequence[str]) -> None:
+def _check_complete(root: Path, part: str, names: Sequence[str], otherwise: str) -> None:
     missing = [name for name in names if not (root / part / f"{name}.txt").is_file()]
     if missing:
         what = "labels" if part == LABELS else "calibration"
         raise FrameError(
             f"{len(missing)} of {len(names)} frames of {root} have no {what}, first {part}/{missing[0]}.txt.",
-            fix="add the files, or name the frames that have them (evaluate --names)",
+            fix=f"add the files, or {otherwise}",
         )
 
 

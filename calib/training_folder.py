@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from calib.crops import LabelledFrame
-from calib.dataset import LabelledFolder, open_dataset, refuse_image
+from calib.dataset import POINTS, LabelledFolder, open_dataset, refuse_image
 from calib.readers import list_frames, read_points
 from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.errors import UsageError
@@ -23,6 +23,7 @@ from dm3d_deploy.geometry.boxes import points_in_boxes, select_boxes
 from dm3d_deploy.pointcloud import Boxes3D, PointCloud
 
 MIN_POINTS = 3
+WITHOUT_LABELS = f"move the frames that lack them out of {POINTS}; a --teacher reads no labels"
 # Words of other data sets, in those of the data set that the model was made for.
 WORDS = {"KittiDataset": KITTI_TYPE, "NuScenesDataset": NUSCENES_CLASS, "OnceDataset": ONCE_CLASS}
 
@@ -82,7 +83,7 @@ def open_labelled(path: Path | str, config: DetectorConfig) -> TrainingFolder:
     `open_dataset` and reading labels raise, FrameError for an image among the points, and UsageError when nothing in
     the folder is of a class of the model.
     """
-    folder = open_dataset(path)
+    folder = open_dataset(path, otherwise=WITHOUT_LABELS)
     label_of = _label_of_word(config)
     labels: dict[str, np.ndarray] = {}
     left_out: Counter[str] = Counter()

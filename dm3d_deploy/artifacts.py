@@ -62,22 +62,41 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill `path.partial`, then make it `path` in one step: a reader sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(partial)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
+    _write_together({path: write})
+
+
+def _write_together(writes: Mapping[Path, Callable[[Path], None]]) -> None:
+    partials = {path: path.with_name(path.name + ".partial") for path in writes}
+    for path in writes:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for path, write in writes.items():
+            with disk_errors(path):
+                write(partials[path])
+                with partials[path].open("rb+") as file:
+                    os.fsync(file.fileno())
+        for path, partial in partials.items():
+            with disk_errors(path):
+                partial.replace(path)
+    except BaseException:
+        for partial in partials.values():
             partial.unlink(missing_ok=True)
-            raise
+        raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write bytes whole."""
-    write_whole(path, lambda partial: _write_bytes(partial, data))
+    write_all({path: data})
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: none takes its name before all are on the disk, so a full one keeps the old."""
+    _write_together({path: _writer_of(data) for path, data in contents.items()})
+
+
+def _writer_of(data: bytes) -> Callable[[Path], None]:
+    return lambda partial: _write_bytes(partial, data)
 
 
 def _write_bytes(partial: Path, data: bytes) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +32,12 @@ def simulate(
         info = run(out, sensor=sensor, frames=frames, seed=seed, advanced=advanced)
     if as_json:
         print_json({"out": str(out), "sensor": info.sensor, "frames": info.frames, "seed": info.seed})
+    elif not quiet:
+        folder = shlex.quote(str(out))
+        typer.echo(
+            f"{out}: {info.frames} labelled frames of {info.sensor}, seeds {seed} to {seed + info.frames - 1}; "
+            f"next: dm3d-deploy evaluate RUN --data {folder}, or train --data {folder} --epochs 10"
+        )
 
 
 @app.command(rich_help_panel=WORLD)
@@ -64,17 +74,13 @@ def train(
     from dm3d_deploy.train import train as run
 
     rows: list[dict[str, Any]] = []
-
-    def tell(row: Any) -> None:
-        rows.append(row.as_json())
-        if not (quiet or as_json):
-            typer.echo(_training_line(rows[-1]))
-
-    weights = run(
-        model, out=out, data=data, minutes=minutes, epochs=epochs, steps=steps, init=init, masks=masks,
-        teacher=teacher, resume=resume, processes=processes, seed=seed, peak_rate=peak_rate, score_every=score_every,
-        report=tell, note=None if quiet or as_json else typer.echo,
-    )  # fmt: skip
+    with _interruptions_said():
+        weights = run(
+            model, out=out, data=data, minutes=minutes, epochs=epochs, steps=steps, init=init, masks=masks,
+            teacher=teacher, resume=resume, processes=processes, seed=seed, peak_rate=peak_rate,
+            score_every=score_every, report=_teller(rows, quiet or as_json),
+            note=None if quiet or as_json else typer.echo,
+        )  # fmt: skip
     if as_json and _speaks():
         last = {("score" if "ap_percent" in row else "losses"): row for row in rows}
         print_json({"weights": str(weights), "losses": None, "score": None, **last})
@@ -82,9 +88,30 @@ def train(
         typer.echo(str(weights))
 
 
+@contextlib.contextmanager
+def _interruptions_said() -> Iterator[None]:
+    from dm3d_deploy.training.stop import TrainingInterrupted
+
+    try:
+        yield
+    except TrainingInterrupted as ended:
+        if _speaks():
+            sys.stderr.write(f"{ended}\n")
+        raise typer.Exit(ended.exit_code) from None
+
+
 def _speaks() -> bool:
     """Whether this is the first of the processes that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _teller(rows: list[dict[str, Any]], silent: bool) -> Callable[[Any], None]:
+    def tell(row: Any) -> None:
+        rows.append(row.as_json())
+        if not silent:
+            typer.echo(_training_line(rows[-1]))
+
+    return tell
 
 
 def _training_line(row: dict[str, Any]) -> str:

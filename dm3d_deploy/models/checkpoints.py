@@ -103,11 +103,16 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
 
 
 def save_weights(detector: Detector, path: Path | str) -> None:
-    """Write every parameter and buffer as safetensors; the bytes depend on the weights alone."""
+    """Write every parameter and buffer as safetensors."""
+    write_bytes(Path(path), weights_bytes(detector))
+
+
+def weights_bytes(detector: Detector) -> bytes:
+    """Every parameter and buffer as safetensors; the bytes depend on the weights alone."""
     import safetensors.torch
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()}
-    write_bytes(Path(path), safetensors.torch.save(tensors))
+    return safetensors.torch.save(tensors)
 
 
 def _bytes_of(path: Path) -> bytes:

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 
-from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.artifacts import write_all, write_bytes
 from dm3d_deploy.errors import CheckpointError
-from dm3d_deploy.models.checkpoints import UNREADABLE, load_checkpoint, save_weights
+from dm3d_deploy.models.checkpoints import UNREADABLE, load_checkpoint, weights_bytes
 from dm3d_deploy.models.detector import Detector, prunable_layers
-
-STATE_NAME = "training.pth"
-WEIGHTS_NAME = "weights.safetensors"
+from dm3d_deploy.training.log import STATE_NAME, WEIGHTS_NAME
 
 
 @dataclass(slots=True)
@@ -29,7 +27,7 @@ class Progress:
 
 
 def save_training(out: Path, detector: Detector, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write the state and, beside it, the weights alone; each file whole."""
+    """Write the state and, beside it, the weights alone: both, or neither."""
     detector.global_step.fill_(progress.step)
     buffer = io.BytesIO()
     state = {
@@ -38,8 +36,7 @@ def save_training(out: Path, detector: Detector, optimiser: torch.optim.Optimize
         "progress": asdict(progress),
     }
     torch.save(state, buffer)
-    write_bytes(out / STATE_NAME, buffer.getvalue())
-    save_weights(detector, out / WEIGHTS_NAME)
+    write_all({out / STATE_NAME: buffer.getvalue(), out / WEIGHTS_NAME: weights_bytes(detector)})
 
 
 def load_training(out: Path, detector: Detector, optimiser: torch.optim.Optimizer) -> Progress:

@@ -1,4 +1,4 @@
-"""What a training says while it runs: losses and scores, one JSON line each in log.jsonl."""
+"""What a training leaves, by name, and what it says while it runs: losses and scores, one JSON line each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from dm3d_deploy.artifacts import disk_errors
 
 LOG_NAME = "log.jsonl"
+STATE_NAME = "training.pth"
+WEIGHTS_NAME = "weights.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -164,9 +164,11 @@ def train_detector(
 
     `losses` are minimised, by default those of labels; they see columns scaled by `column_scale`. `after_step` runs
     behind every update: pruned weights are put back to zero there. `score` rates the detector every
-    `settings.score_every_s` seconds of work, and changes nothing. When `stop` of any process of the team was asked, all
-    end behind the same step, saved: the settings' share of the progress is then below one. Raises TrainingDiverged when a loss is no number any
-    more, UsageError as `check_trainable` does, and OutputError when a disk is full: the last checkpoint stays whole.
+    `settings.score_every_s` seconds of work, and changes nothing. Where the `stop` of any process of the team was
+    asked, all end behind the same step, and what is done is saved: `settings.share_done` of the progress tells.
+
+    Raises TrainingDiverged when a loss is no number any more, UsageError as `check_trainable` does, and OutputError
+    when a disk is full: the last checkpoint stays whole.
     """
     team = team or Team()
     with disk_errors(out):
@@ -187,14 +189,7 @@ def train_detector(
                 after_step()
             progress.step += 1
             progress.step_s = time.perf_counter() - began
-            if progress.step % settings.log_every == 0 or settings.share_done(progress) == 1 or run.stopped:
-                run.log(rate, report)
-            if progress.active_s - progress.scored_s >= settings.score_every_s:
-                progress.scored_s = progress.active_s
-                if score is not None and team.leads and not run.stopped:
-                    run.score(score, report)
-            if progress.active_s - progress.saved_s >= settings.save_every_s:
-                run.save()
+            run.do_what_is_due(rate, score, report)
         run.save()
     detector.eval()
     return progress
@@ -268,6 +263,18 @@ class _Run:
         self.optimiser.step()
         self.since_log.append(values)
         return rate
+
+    def do_what_is_due(self, rate: float, score: Score | None, report: Report | None) -> None:
+        """Log, score and save behind a step, each in its time."""
+        progress, settings = self.progress, self.settings
+        if progress.step % settings.log_every == 0 or settings.share_done(progress) == 1 or self.stopped:
+            self.log(rate, report)
+        if progress.active_s - progress.scored_s >= settings.score_every_s:
+            progress.scored_s = progress.active_s
+            if score is not None and self.team.leads and not self.stopped:
+                self.score(score, report)
+        if progress.active_s - progress.saved_s >= settings.save_every_s:
+            self.save()
 
     def log(self, rate: float, report: Report | None) -> None:
         """Tell the means since the last time; the first process does."""

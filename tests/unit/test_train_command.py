@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from run_sample import TINY
 from safetensors.numpy import load_file
 
+from calib.folder_crops import FolderCrops
+from dm3d_deploy import train_job
 from dm3d_deploy.config import load_config
 from dm3d_deploy.models.checkpoints import save_weights
 from dm3d_deploy.models.detector import build_detector
@@ -20,10 +23,12 @@ from dm3d_deploy.models.seeded import seed_weights
 from dm3d_deploy.simulate import simulate
 from dm3d_deploy.train_job import place_of, prepare
 from dm3d_deploy.train_plan import TrainPlan
-from dm3d_deploy.training.checkpoint import STATE_NAME
+from dm3d_deploy.training.log import STATE_NAME
+from dm3d_deploy.training.stop import Stop
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = ("train", "--model", TINY, "--processes", "1")
+TWO_STEPS = ("train", "--model", TINY, "--steps", "2")
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +160,8 @@ def test_bad_folders_are_refused_before_anything_is_written(cli, labelled, tmp_p
     assert (code, "000002.txt, line 1 has the class 'Unicorn', which nothing here knows" in said) == (2, True)
     label.unlink()
     code, said = error_of(cli(*line))
-    assert (code, "1 of 4 frames" in said, "have no labels" in said) == (4, True, True)
+    assert (code, f"1 of 4 frames of {labelled} have no labels, first label_2/000002.txt. " in said) == (4, True)
+    assert "add the files, or move the frames that lack them out of velodyne; a --teacher reads no labels" in said
     label.write_text(text)
     cloud.write_bytes(b"\xff\xd8\xff\xe0" + points)
     code, said = error_of(cli(*line))
@@ -201,6 +207,7 @@ def program(*words, before="", launcher=()):
     return subprocess.run(
         [sys.executable, *launcher, str(script), *map(str, words)], cwd=ROOT, capture_output=True, text=True,
         timeout=300, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -223,17 +230,100 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(cli, tmp_path
     assert (tmp_path / "weights.safetensors").read_bytes() == before["weights.safetensors"]
 
 
-def test_torchrun_trains_what_two_processes_train(folder, tmp_path) -> None:
-    line = ("train", "--model", TINY, "--steps", "2", "--data", folder)
-    ours = program(*line, "--processes", "2", "--out", tmp_path / "ours")
+@pytest.fixture(scope="module")
+def unbroken(folder, tmp_path_factory):
+    """What two processes train in two steps."""
+    out = tmp_path_factory.mktemp("unbroken") / "ours"
+    ours = program(*TWO_STEPS, "--data", folder, "--processes", "2", "--out", out)
     assert ours.returncode == 0, ours.stderr
+    return out
+
+
+INTERRUPTED_AT_ONCE = """
+import os, signal
+import calib.folder_crops as frames
+whole = frames.FolderCrops.__call__
+def interrupted(self, step):
+    os.killpg(0, signal.SIGINT)
+    return whole(self, step)
+if __name__ == "__main__":
+    frames.FolderCrops.__call__ = interrupted
+"""
+
+
+def test_ctrl_c_saves_what_two_processes_did_and_resuming_ends_like_an_unbroken_training(
+    folder, unbroken, tmp_path
+) -> None:
+    """A terminal sends the signal to the whole process group, in the first step here."""
+    line = (*TWO_STEPS, "--data", folder, "--processes", "2", "--out", tmp_path / "out")
+    ended = program(*line, before=INTERRUPTED_AT_ONCE)
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr == (
+        "interrupted: the training is saved at step 1, and the same command with --resume goes on from there\n"
+    )
+    assert (tmp_path / "out" / "weights.safetensors").is_file()
+    resumed = program(*line, "--resume")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    a, b = (load_file(root / "weights.safetensors") for root in (unbroken, tmp_path / "out"))
+    for name, value in a.items():
+        if "running" in name:  # averaged once more on the way
+            np.testing.assert_allclose(b[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        else:
+            assert (b[name] == value).all(), name
+
+
+def test_a_sigterm_saves_and_one_before_the_first_step_says_that_nothing_is_kept(cli, folder, tmp_path, monkeypatch):
+    line = (*LINE, "--out", tmp_path / "out", "--steps", "3", "--data", folder, "--quiet")
+    weights = tmp_path / "start.safetensors"
+    save_weights(build_detector(load_config(str(TINY))), weights)
+
+    def told_in(place, signalled):
+        whole = getattr(*place)
+
+        def interrupted(*given):
+            os.kill(os.getpid(), signalled)
+            return whole(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, interrupted)
+            return cli(*line, *(() if resume else ("--init", weights)), *resume)
+
+    resume = ()
+    before = told_in((train_job, "prepare"), signal.SIGTERM)
+    assert before == (143, "", "interrupted before anything was saved: the same command starts again\n")
+    assert not (tmp_path / "out").exists()
+    said = "interrupted: the training is saved at step 1, and the same command with "
+    in_step = told_in((FolderCrops, "__call__"), signal.SIGTERM)
+    assert in_step == (143, "", said + "--resume in place of --init goes on from there\n")
+    resume = ("--resume",)
+    again = told_in((train_job, "prepare"), signal.SIGINT)
+    assert again == (
+        130,
+        "",
+        f"interrupted: the last checkpoint in {tmp_path / 'out'} stays, and --resume goes on from it\n",
+    )
+    assert cli(*line, "--resume") == (0, "", "")
+    state = torch.load(tmp_path / "out" / STATE_NAME, weights_only=True)
+    assert state["progress"]["step"] == 3
+
+
+def test_detectors_that_cannot_be_trained_are_refused_before_anything_is_written(cli, tmp_path) -> None:
+    for model, what in (("voxel-rcnn", "a second stage"), ("voxelnext", "a sparse head")):
+        code, text = error_of(cli("train", "--model", model, "--out", tmp_path / "out", "--steps", "1"))
+        assert (code, f"{model} has {what}, and no targets are made here for its " in text) == (2, True)
+        assert "train it with OpenPCDet; build --recover reconstruct needs no training" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_torchrun_trains_what_two_processes_train(folder, unbroken, tmp_path) -> None:
+    line = (*TWO_STEPS, "--data", folder)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     theirs = program(*line, "--out", tmp_path / "theirs", launcher=launcher)
     assert theirs.returncode == 0, theirs.stderr
     assert theirs.stdout.count("weights.safetensors") == 1  # the first process speaks, the others do not
-    a, b = (load_file(tmp_path / name / "weights.safetensors") for name in ("ours", "theirs"))
+    a, b = (load_file(root / "weights.safetensors") for root in (unbroken, tmp_path / "theirs"))
     assert all((a[name] == b[name]).all() for name in a)
-    assert (tmp_path / "ours/plan.json").read_bytes() == (tmp_path / "theirs/plan.json").read_bytes()
+    assert (unbroken / "plan.json").read_bytes() == (tmp_path / "theirs/plan.json").read_bytes()
     wrong = program(*line, "--out", tmp_path / "wrong", "--processes", "3", launcher=launcher)
     assert "torchrun started 2 processes, not 3" in wrong.stderr
 
@@ -247,7 +337,7 @@ def test_weights_of_a_smaller_model_grow_and_it_is_said(tmp_path) -> None:
         init=str(tmp_path / "small.safetensors"), masks=None, teacher=None, resume=False, seed=0, processes=1,
         crops=1, peak_rate=1e-3, score_every=0.0,
     )  # fmt: skip
-    job = prepare(plan, place_of(1))
+    job = prepare(plan, place_of(1), Stop())
     assert len(job.notes) == 1
     assert "small.safetensors is of a smaller detector" in job.notes[0]
     name = "backbone_2d.blocks.0.4.weight"

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +13,14 @@ import torch
 from training_sample import CONFIG, SIZES, batches, detector
 
 from dm3d_deploy.errors import CheckpointError, OutputError, UsageError
+from dm3d_deploy.live_score import LiveScore, simulated_live_frames
 from dm3d_deploy.models.checkpoints import load_checkpoint
 from dm3d_deploy.models.detector import build_detector
-from dm3d_deploy.training.checkpoint import STATE_NAME, WEIGHTS_NAME, Progress, save_half
-from dm3d_deploy.training.log import LOG_NAME, LogRow, ScoreRow
+from dm3d_deploy.training.checkpoint import Progress, save_half
+from dm3d_deploy.training.log import LOG_NAME, STATE_NAME, WEIGHTS_NAME, LogRow, ScoreRow
 from dm3d_deploy.training.loop import COLUMN_SCALE, TrainingDiverged, TrainSettings, raw_maps, train_detector
 from dm3d_deploy.training.schedule import OneCycle
+from dm3d_deploy.training.stop import SIGNALS, Stop
 
 STEPS = 40
 
@@ -76,6 +81,72 @@ def test_a_resumed_training_equals_an_unbroken_one(tmp_path) -> None:
     assert progress.step == 12
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_training_that_is_asked_to_stop_is_saved_at_its_step(tmp_path) -> None:
+    """Long before the first checkpoint, and by a signal that came while the step was done."""
+    whole, rows, stop = detector(), [], Stop()
+    train_detector(whole, batches, settings_for(12), out=tmp_path / "whole")
+
+    def interrupted(step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batches(step)
+
+    with stop.heard():
+        progress = train_detector(
+            detector(), interrupted, settings_for(12), out=tmp_path / "broken", report=rows.append, stop=stop
+        )
+    assert (progress.step, stop.number) == (7, signal.SIGINT)
+    assert [row.step for row in rows] == [7]  # what was not logged yet is
+    resumed = build_detector(CONFIG)
+    assert train_detector(resumed, batches, settings_for(12), out=tmp_path / "broken", resume=True).step == 12
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_second_sigint_is_obeyed_at_once_and_a_second_sigterm_is_not() -> None:
+    stop, before = Stop(), [signal.getsignal(number) for number in SIGNALS]
+    with stop.heard(), stop.patient():
+        for number in (signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_signals_that_are_ignored_stay_so_and_a_thread_hears_none() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and scripts do with what runs behind them
+    try:
+        with Stop().heard():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    heard = []
+
+    def listen():
+        with Stop().heard():
+            heard.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert heard == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_a_score_is_broken_off_between_its_frames(monkeypatch) -> None:
+    stop, made = Stop(), detector()
+    frames = simulated_live_frames(CONFIG, 2)
+    detected = []
+
+    def detect(given, cloud):
+        stop.number = signal.SIGINT
+        detected.append(cloud)
+
+    monkeypatch.setattr("dm3d_deploy.live_score.detect_in_torch", detect)
+    assert LiveScore(lambda: frames, stop)(made) is None
+    assert len(detected) == 1
 
 
 def test_scores_come_as_asked_and_change_nothing(tmp_path) -> None:
@@ -146,6 +217,20 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch) -> None:
     with pytest.raises(OutputError, match="disk is full"):
         train_detector(detector(), batches, settings_for(2), out=tmp_path)
     assert (tmp_path / WEIGHTS_NAME).read_bytes() == before
+
+
+def test_a_disk_that_is_full_behind_the_state_keeps_the_old_pair(tmp_path) -> None:
+    """State and weights change together: what is resumed is what is deployed."""
+    train_detector(detector(), batches, settings_for(2), out=tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in (STATE_NAME, WEIGHTS_NAME)}
+    (tmp_path / f"{WEIGHTS_NAME}.partial").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=f"{WEIGHTS_NAME} could not be written: the disk is full"):
+        train_detector(build_detector(CONFIG), batches, settings_for(4), out=tmp_path, resume=True)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert not list(tmp_path.glob("*.partial"))
+    again = build_detector(CONFIG)
+    assert train_detector(again, batches, settings_for(4), out=tmp_path, resume=True).step == 4
+    assert int(again.global_step) == 4
 
 
 def test_resuming_nothing_and_resuming_bare_weights(tmp_path) -> None:
