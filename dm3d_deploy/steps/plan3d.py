@@ -29,10 +29,6 @@ from engines.sparse3d.sites import frame_statistics
 
 POINTS = "points"
 PILLARS = "pillars have no 3D backbone; ONNX Runtime runs their point network (onnx/backbone3d.onnx)"
-TWO_STAGES = (
-    "the second stage reads features from within the 3D backbone, which a plan does not give out; ONNX Runtime runs it "
-    "(onnx/backbone3d.onnx)"
-)
 MERGED = (
     "VoxelNeXt adds up three stages in the bird's-eye view, which a plan does not know, so that its backbone and its "
     "flat convolutions have no plan; ONNX Runtime runs them (onnx/backbone3d.onnx)"
@@ -93,8 +89,8 @@ def _neutral_plans(run: RunContext, skipped: list[dict[str, str]]) -> dict[str, 
     rooms = rooms_from_text(run.recipe.capacities)
     config = load_config(run.path("model_config"))
     merges = config.backbone_3d is not None and config.backbone_3d.name == VOXELNEXT
-    if config.pillars is not None or config.second_stage is not None or merges:
-        reason = PILLARS if config.pillars is not None else MERGED if merges else TWO_STAGES
+    if config.pillars is not None or merges:
+        reason = MERGED if merges else PILLARS
         if rooms:
             raise UsageError(f"--capacities are of a 3D plan, and there is none: {reason}.", fix="leave them out")
         skipped += [{"layer": name, "reason": reason} for name in PLANS.values()]

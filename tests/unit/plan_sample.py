@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from engines.sparse3d.plan import (
+    ELEMENT_BYTES,
     F32,
     I32,
     I64,
+    Arg,
     Binding,
     Buffer,
     Cubin,
@@ -112,3 +116,49 @@ def sample_images(plan: Plan, sm: int) -> Plan:
         symbol = kernel.function.rpartition(".")[2]
         cubins.append(Cubin(symbol=symbol, image=image, shared_bytes=0, threads=32 * kernel.num_warps, hidden_params=2))
     return add_cubins(plan, sm, cubins)
+
+
+def random_plan(rng: np.random.Generator) -> Plan:
+    """Anything that Python takes for a plan."""
+    buffers, inputs, outputs = [], [], []
+    sizes = rng.integers(1, 4096, 3)
+    for number, size in enumerate(sizes):
+        buffers.append(Buffer(name=f"работа {number}", offset=256 * number, bytes=int(size), kind="workspace"))
+    for kind, bound in (("input", inputs), ("output", outputs)):
+        for number in range(rng.integers(0, 4)):
+            dtype = str(rng.choice(list(ELEMENT_BYTES)))
+            shape = tuple(int(size) for size in rng.integers(1, 5, rng.integers(0, 7)))
+            size = int(np.prod(shape, dtype=np.int64)) * ELEMENT_BYTES[dtype]
+            bound.append(Binding(name=f"{kind}{number}", dtype=dtype, shape=shape, buffer=len(buffers)))
+            buffers.append(Buffer(name=f"{kind}{number}", offset=0, bytes=size, kind=kind))
+    kernels, steps = [], []
+    for number in range(rng.integers(1, 5)):
+        types = ["*fp16", "*u8", "i32", "i64", "fp32"]
+        signature = tuple(str(name) for name in rng.choice(types, rng.integers(0, 65)))
+        kernels.append(Kernel(name=f"k{number}", function="kernels.k", signature=signature, constexprs={"A": number}))
+        for _ in range(rng.integers(0, 3)):
+            args = tuple(_random_arg(rng, name, buffers) for name in signature)
+            grid = tuple(int(size) for size in rng.integers(1, 65536, 3))
+            steps.append(Launch(kernel=number, grid=grid, args=args))
+    plan = Plan(
+        kernels=tuple(kernels),
+        buffers=tuple(buffers),
+        constants=b"",
+        steps=tuple(steps),
+        capacities={},
+        workspace_bytes=512 + 4096,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+    )
+    return sample_images(plan, 87)
+
+
+def _random_arg(rng: np.random.Generator, name: str, buffers: Sequence[Buffer]) -> Arg:
+    if name.startswith("*"):
+        buffer = int(rng.integers(len(buffers)))
+        return Pointer(buffer, int(rng.integers(-(-buffers[buffer].bytes // 16))) * 16)
+    if name == "fp32":
+        return F32(float(rng.normal()))
+    bits = 32 if name == "i32" else 64
+    value = int(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+    return I32(value) if bits == 32 else I64(value)

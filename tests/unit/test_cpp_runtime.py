@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plan_sample import sample_images, sample_plan, sample_with_cubins
+from plan_sample import random_plan, sample_images, sample_plan, sample_with_cubins
 from run_sample import points_of
 
 import engines
@@ -25,14 +25,7 @@ from benchmarks.sparse3d_gpu.cases import Case
 from dm3d_deploy.pointcloud import PointCloud
 from engines.sparse3d.interpreter_worker import trace_of
 from engines.sparse3d.plan import (
-    ELEMENT_BYTES,
     F32,
-    I32,
-    I64,
-    Arg,
-    Binding,
-    Buffer,
-    Kernel,
     Launch,
     Memset,
     Plan,
@@ -136,6 +129,10 @@ def _place(address: int, spaces: Mapping[str, tuple[int, int]]) -> list[Any]:
     return found
 
 
+def as_trace(steps: Sequence[Launched]) -> list[dict[str, Any]]:
+    return [{"kernel": step.kernel, "grid": step.grid, "args": step.args} for step in steps]
+
+
 def walked(plan: Plan, sm: int) -> Iterator[Launched]:
     """The same steps, from the plan alone."""
 
@@ -209,52 +206,6 @@ def test_the_plan_is_described_without_a_driver(build: Path, tmp_path: Path) -> 
         "output bev fp16 48 bytes",
         "output status i32 16 bytes",
     ]
-
-
-def random_plan(rng: np.random.Generator) -> Plan:
-    """Anything that Python takes for a plan."""
-    buffers, inputs, outputs = [], [], []
-    sizes = rng.integers(1, 4096, 3)
-    for number, size in enumerate(sizes):
-        buffers.append(Buffer(name=f"работа {number}", offset=256 * number, bytes=int(size), kind="workspace"))
-    for kind, bound in (("input", inputs), ("output", outputs)):
-        for number in range(rng.integers(0, 4)):
-            dtype = str(rng.choice(list(ELEMENT_BYTES)))
-            shape = tuple(int(size) for size in rng.integers(1, 5, rng.integers(0, 7)))
-            size = int(np.prod(shape, dtype=np.int64)) * ELEMENT_BYTES[dtype]
-            bound.append(Binding(name=f"{kind}{number}", dtype=dtype, shape=shape, buffer=len(buffers)))
-            buffers.append(Buffer(name=f"{kind}{number}", offset=0, bytes=size, kind=kind))
-    kernels, steps = [], []
-    for number in range(rng.integers(1, 5)):
-        types = ["*fp16", "*u8", "i32", "i64", "fp32"]
-        signature = tuple(str(name) for name in rng.choice(types, rng.integers(0, 65)))
-        kernels.append(Kernel(name=f"k{number}", function="kernels.k", signature=signature, constexprs={"A": number}))
-        for _ in range(rng.integers(0, 3)):
-            args = tuple(_random_arg(rng, name, buffers) for name in signature)
-            grid = tuple(int(size) for size in rng.integers(1, 65536, 3))
-            steps.append(Launch(kernel=number, grid=grid, args=args))
-    plan = Plan(
-        kernels=tuple(kernels),
-        buffers=tuple(buffers),
-        constants=b"",
-        steps=tuple(steps),
-        capacities={},
-        workspace_bytes=512 + 4096,
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-    )
-    return sample_images(plan, 87)
-
-
-def _random_arg(rng: np.random.Generator, name: str, buffers: Sequence[Buffer]) -> Arg:
-    if name.startswith("*"):
-        buffer = int(rng.integers(len(buffers)))
-        return Pointer(buffer, int(rng.integers(-(-buffers[buffer].bytes // 16))) * 16)
-    if name == "fp32":
-        return F32(float(rng.normal()))
-    bits = 32 if name == "i32" else 64
-    value = int(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1)))
-    return I32(value) if bits == 32 else I64(value)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -373,24 +324,32 @@ def test_a_whole_backbone_is_launched_as_the_interpreter_launches_it(build: Path
     trace = interpret(plan, [inputs]).trace
     built = sample_images(plan, 87)
     log = run_frame(build, tmp_path, built, {name: array.tobytes() for name, array in inputs.items()})
-    found = [{"kernel": step.kernel, "grid": step.grid, "args": step.args} for step in recorded(log, built)]
-    assert found == list(trace)
-    assert len(found) > 20
+    assert as_trace(recorded(log, built)) == list(trace)
+    assert len(trace) > 20
 
 
-@pytest.mark.parametrize(("kept", "points"), [(1.0, False), (0.5, False), (0.5, True)])
-def test_all_of_centerpoint_is_launched_as_the_interpreter_does(
-    build: Path, tmp_path: Path, kept: float, points: bool
+CASES = [("centerpoint", 21, 1.0, False), ("centerpoint", 21, 0.5, False), ("centerpoint", 21, 0.5, True)]
+
+
+@pytest.mark.parametrize(("model", "layers", "kept", "points"), [*CASES, ("pv-rcnn", 12, 0.5, False)])
+def test_all_of_a_model_is_described_and_launched_as_the_interpreter_does(
+    build: Path, tmp_path: Path, model: str, layers: int, kept: float, points: bool
 ) -> None:
-    """21 layers, dense and with half of the tiles: nothing is executed, so they cost little."""
-    cloud = PointCloud(points=points_of(0, columns=5), columns=("x", "y", "z", "intensity", "timestamp"))
-    case = Case(model="centerpoint", kept=kept, cloud=cloud)
+    """Dense and with half of the tiles, with the rows of a second stage: nothing is executed, so they cost little."""
+    columns = ("x", "y", "z", "intensity", "timestamp")[: 5 if model == "centerpoint" else 4]
+    cloud = PointCloud(points=points_of(0, columns=len(columns)), columns=columns)
+    case = Case(model=model, kept=kept, cloud=cloud)
     plan = sample_images(case.plan("fp16", points=points), 87)
-    assert len(plan.layers) == 21
+    assert len(plan.layers) == layers
     assert any(layer.tiles_kept < layer.tiles_total for layer in plan.layers) == (kept < 1)
     log = run_frame(build, tmp_path, plan, {name: array.tobytes() for name, array in case.feed(points=points).items()})
-    found = [{"kernel": step.kernel, "grid": step.grid, "args": step.args} for step in recorded(log, plan)]
-    assert found == trace_of(plan)
+    assert as_trace(recorded(log, plan)) == trace_of(plan)
+    told = call(build, "run_plan", tmp_path / "plan", LD_LIBRARY_PATH="").stdout.splitlines()
+    outputs = {item.name: (item.dtype, plan.buffers[item.buffer].bytes) for item in plan.outputs}
+    assert {f"output {name} {dtype} {size} bytes" for name, (dtype, size) in outputs.items()} < set(told)
+    written = {path.stem: path.stat().st_size for path in (tmp_path / "out" / "frame").iterdir()}
+    assert written == {name: size for name, (_, size) in outputs.items()}
+    assert len(outputs) == (2 if model == "centerpoint" else 2 + 2 * 4)
 
 
 def test_the_runtime_needs_no_cuda_headers() -> None:

@@ -42,6 +42,7 @@ def test_a_plan_from_points_costs_its_own_entry(request, tmp_path):
         assert points["cost"][name] == voxels["cost"][name]
     moved = [told["cost"]["moved_bytes"] - told["cost"]["entry_bytes"] for told in (voxels, points)]
     assert moved[0] == moved[1] == sum(voxels["cost"][f"{name}_bytes"] for name in ("index", "convolution", "map"))
+    assert voxels["cost"]["given_bytes"] == 0
     own = {"ring_cutoff": 1, "drop_far": 1, "sum_points": 1, "mean_features": 1}
     assert points["launches"] == voxels["launches"] + 3
     assert {
@@ -53,6 +54,20 @@ def test_a_plan_from_points_costs_its_own_entry(request, tmp_path):
             backbone, frame=voxel_frame(detector, 9, points=True), capacities=rooms,
             calibration=[replace(statistics, points=None)],
         )  # fmt: skip
+
+
+def test_rows_that_leave_cost_what_is_read_of_the_frame_and_written_of_the_capacity(tmp_path):
+    """By hand: 200 cells of 8 channels in fp16 with their keys are read, 256 rows of 8 fp32 and z, y, x written."""
+    coords = np.pad(clustered_cells(np.random.default_rng(0), (8, 20, 20), 200), ((0, 0), (1, 0)))
+    made = layer(np.random.default_rng(1), "a", 8, 4, key="a")
+    backbone = backbone_of([made], (8, 20, 20), 256, tmp_path)
+    statistics = [frame_statistics(backbone, coords, conv_rows=64)]
+    room = {"frame": plain_frame((8, 20, 20), 256), "capacities": {"input": 256}, "calibration": statistics}
+    given, without = (
+        plan_backbone(replace(backbone, given=rows), **room).meta["cost"] for rows in ({"x_a": "a"}, {})
+    )  # fmt: skip
+    assert given["given_bytes"] == 200 * (8 * 2 + 4) + 256 * (8 + 3) * 4
+    assert given["moved_bytes"] == without["moved_bytes"] + given["given_bytes"]
 
 
 def test_a_pruned_tile_is_predicted_to_cost_nothing(tmp_path):

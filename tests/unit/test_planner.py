@@ -69,6 +69,23 @@ def test_the_reader_sees_stages_and_layers(backbone):
     assert backbone.bev_shape == (1, 32, 16, 16)
 
 
+def test_rows_of_stages_are_outputs_after_map_and_status(backbone, detector):
+    given = {"x_conv2": "conv2.1.conv2", "x_conv4": "conv4.1.conv2"}
+    rooms = dict.fromkeys(STAGES, 4000) | {"stage4_down": 300}
+    frame = voxel_frame(detector, 4000)
+    plan = plan_backbone(replace(backbone, given=given), frame=frame, capacities=rooms)
+    assert decode_plan(encode_plan(plan)) == plan
+    assert {item.name: (item.dtype, item.shape) for item in plan.outputs[2:]} == {
+        "features.x_conv2": ("fp32", (4000, 8)), "sites.x_conv2": ("i32", (3, 4000)),
+        "features.x_conv4": ("fp32", (300, 16)), "sites.x_conv4": ("i32", (3, 300)),
+    }  # fmt: skip
+    told = describe(plan)
+    assert told["outputs"]["features.x_conv4"] == "fp32[300, 16]"
+    assert told["meta"]["given"] == {"x_conv2": "stage2_down", "x_conv4": "stage4_down"}
+    assert told["launches_of"]["kernels_conv.give_rows"] == 2
+    assert told["workspace_bytes"] == plan_backbone(backbone, frame=frame, capacities=rooms).workspace_bytes
+
+
 def test_equal_inputs_give_equal_bytes_and_the_file_holds_the_plan(backbone, detector, coords):
     statistics = frame_statistics(backbone, coords, conv_rows=64)
     plan, again = (planned(backbone, detector, calibration=[statistics], keep=("input.sites",)) for _ in range(2))
@@ -264,7 +281,7 @@ def test_indices_beyond_32_bits_are_refused(tmp_path):
 
 
 def changed(backbone_layers, tmp_path, change):
-    model = backbone_model(backbone_layers, grid_zyx=(6, 9, 9), max_voxels=32)
+    model = backbone_model(backbone_layers, grid_zyx=(6, 9, 9), max_voxels=32, stages=("x_a", "x_b"))
     change(model, next(function for function in model.functions if function.name == "SparseBackbone3d"))
     path = tmp_path / "changed.onnx"
     path.write_bytes(model.SerializeToString())
@@ -295,6 +312,19 @@ def _large_kernel(model, body):
     next(attribute for attribute in node.attribute if attribute.name == "kernel").ints[:] = [5, 5, 5]
 
 
+def _sites_before_features(model, body):
+    outputs = model.graph.node[0].output
+    outputs[2:4] = [outputs[3], outputs[2]]
+
+
+def _no_layer_given(model, body):
+    body.output[4] = "b.sum"
+
+
+def _other_sites_given(model, body):
+    body.output[5] = "input.order"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -303,6 +333,12 @@ def _large_kernel(model, body):
         (_without_weight, r"holds no fp32 weights \[taps, Cin, Cout\]"),
         (_strange_tap, "at most 31 can be run"),
         (_large_kernel, "at most 31 can be run"),
+        (
+            _sites_before_features,
+            r"are \['bev', 'status', 'sites.x_a', .*, not bev, status, and features and sites",
+        ),
+        (_no_layer_given, r"features.x_b is 'b.sum', which is no layer with the sites given"),
+        (_other_sites_given, r"features.x_b is 'b', which is no layer with the sites given"),
     ],
 )
 def test_files_that_are_no_backbone_are_refused(change, words, tmp_path):

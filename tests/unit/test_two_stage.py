@@ -29,6 +29,7 @@ from dm3d_deploy.models.checkpoints import save_weights
 from dm3d_deploy.models.detector import build_detector, prunable_layers, sparse_pair_counts, tensors_from_voxels
 from dm3d_deploy.models.outputs import Scene
 from dm3d_deploy.models.seeded import seed_weights
+from dm3d_deploy.plan_facts import describe_plan_of_run
 from dm3d_deploy.pointcloud import PointCloud
 from dm3d_deploy.profiling import cells_read
 from dm3d_deploy.pruning.contracts import Layer
@@ -231,9 +232,22 @@ def test_a_build_compares_both_stages_and_says_what_stays_outside_the_graphs(run
     report = json.loads((run / "report.json").read_text())
     told = json.dumps(report)
     assert GEOMETRY in told
-    assert "which a plan does not give out" in told
     latency = json.loads((run / "work" / "latency.json").read_text())["latency"]
     assert {GEOMETRY, "RoI head", "3D", "BEV + head", "decode + NMS"} <= {row["stage"] for row in latency}
+
+
+def test_the_plans_of_a_run_give_out_what_the_second_stage_reads(run):
+    pytest.importorskip("triton")
+    report = json.loads((run / "report.json").read_text())
+    assert not [row for row in report["skipped"] if row["layer"].startswith("3D")]
+    assert (report["plan"]["standing"], len(report["plan"]["devices"])) == ("compiled, not run on a device", 1)
+    graph = {value.name for value in safe_load(run / "onnx" / "backbone3d.onnx").graph.output}
+    for kind in ("plan", "points_plan"):
+        told = describe_plan_of_run(run, kind)
+        assert set(told["outputs"]) == graph
+        assert told["outputs"]["sites.x_conv4"] == f"i32[3, {told['capacities']['stage4_down']}]"
+        assert told["launches_of"]["kernels_conv.give_rows"] == len(told["meta"]["given"]) == 4
+        assert [row["sm"] for row in told["images"]] == ["sm_87"]
 
 
 def test_a_run_detects_and_prunes_its_second_stage(run):
