@@ -33,10 +33,11 @@ def simulate(
     if as_json:
         print_json({"out": str(out), "sensor": info.sensor, "frames": info.frames, "seed": info.seed})
     elif not quiet:
-        folder = shlex.quote(str(out))
+        last, folder = seed + info.frames - 1, shlex.quote(str(out))
+        what = f"frame of {sensor}, seed {seed}" if last == seed else f"frames of {sensor}, seeds {seed} to {last}"
         typer.echo(
-            f"{out}: {info.frames} labelled frames of {info.sensor}, seeds {seed} to {seed + info.frames - 1}; "
-            f"next: dm3d-deploy evaluate RUN --data {folder}, or train --data {folder} --epochs 10"
+            f"{out}: {info.frames} labelled {what}; next: dm3d-deploy evaluate RUN --data {folder}, "
+            f"or train --data {folder} --epochs 10"
         )
 
 

@@ -102,6 +102,21 @@ def test_what_was_interrupted_goes_on(tmp_path, monkeypatch) -> None:
     assert len(open_dataset(tmp_path / "set").names) == 4
 
 
+def test_simulate_says_what_it_wrote_and_what_to_do_next(cli, tmp_path) -> None:
+    line = ("simulate", tmp_path / "my set", "--sensor", "once40", "--frames", "1", "--seed", "7")
+    code, out, _ = cli(*line)
+    assert (code, out) == (
+        0,
+        f"{tmp_path}/my set: 1 labelled frame of once40, seed 7; next: dm3d-deploy evaluate RUN --data "
+        f"'{tmp_path}/my set', or train --data '{tmp_path}/my set' --epochs 10\n",
+    )
+    code, out, _ = cli(*line[:5], "2", *line[6:])
+    assert (code, "my set: 2 labelled frames of once40, seeds 7 to 8; next: " in out) == (0, True)
+    assert cli(*line, "--quiet") == (0, "", "")
+    code, out, err = cli(*line, "--json")
+    assert (code, json.loads(out)["frames"], err) == (0, 1, "")
+
+
 def test_simulate_refuses(tmp_path, written) -> None:
     with pytest.raises(UsageError, match="0 frames cannot be simulated"):
         simulate(tmp_path, frames=0)

@@ -239,15 +239,22 @@ def unbroken(folder, tmp_path_factory):
     return out
 
 
-INTERRUPTED_AT_ONCE = """
-import os, signal
+INTERRUPTED_THEN_RESUMED = """
+import os, signal, sys
 import calib.folder_crops as frames
 whole = frames.FolderCrops.__call__
 def interrupted(self, step):
     os.killpg(0, signal.SIGINT)
     return whole(self, step)
 if __name__ == "__main__":
+    from dm3d_deploy.cli import main
     frames.FolderCrops.__call__ = interrupted
+    try:
+        main()
+    except SystemExit as ended:
+        sys.stderr.write(f"{ended.code}\\n")
+    frames.FolderCrops.__call__ = whole
+    sys.argv.append("--resume")
 """
 
 
@@ -256,20 +263,34 @@ def test_ctrl_c_saves_what_two_processes_did_and_resuming_ends_like_an_unbroken_
 ) -> None:
     """A terminal sends the signal to the whole process group, in the first step here."""
     line = (*TWO_STEPS, "--data", folder, "--processes", "2", "--out", tmp_path / "out")
-    ended = program(*line, before=INTERRUPTED_AT_ONCE)
-    assert ended.returncode == 130, ended.stderr
-    assert ended.stderr == (
-        "interrupted: the training is saved at step 1, and the same command with --resume goes on from there\n"
-    )
-    assert (tmp_path / "out" / "weights.safetensors").is_file()
-    resumed = program(*line, "--resume")
-    assert (resumed.returncode, resumed.stderr) == (0, "")
+    ended = program(*line, before=INTERRUPTED_THEN_RESUMED)
+    said = "interrupted: the training is saved at step 1, and the same command with --resume goes on from there\n"
+    assert (ended.returncode, ended.stderr) == (0, f"{said}130\n")
+    logged = [json.loads(row)["step"] for row in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert logged == [1, 2]
     a, b = (load_file(root / "weights.safetensors") for root in (unbroken, tmp_path / "out"))
     for name, value in a.items():
         if "running" in name:  # averaged once more on the way
             np.testing.assert_allclose(b[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
         else:
             assert (b[name] == value).all(), name
+
+
+ORPHANED = """
+import multiprocessing, os, signal
+from dm3d_deploy.train import _end_with_parent, _start
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=_end_with_parent)
+    _start([child])
+    os.kill(child.pid, signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_deaf_child_ends_with_its_killed_parent() -> None:
+    """It holds our end of standard output: `run` returns when both have ended."""
+    done = subprocess.run([sys.executable, "-c", ORPHANED], cwd=ROOT, capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, b"", b"")
 
 
 def test_a_sigterm_saves_and_one_before_the_first_step_says_that_nothing_is_kept(cli, folder, tmp_path, monkeypatch):
