@@ -76,7 +76,8 @@ def _exit_codes() -> str:
     table = "\n".join(f"| {code} | {name} | {text} |" for code, name, text in sorted(rows))
     return (
         "## Exit codes\n| | error | |\n|---|---|---|\n| 0 | | Done. |\n"
-        f"{table}\n| 130, 143 | | Interrupted, by SIGINT or to `train` by SIGTERM; finished stages, or the step that a training reached, are kept. |\n"
+        f"{table}\n| 130, 143 | | Interrupted, by SIGINT or to `train` by SIGTERM; finished stages, "
+        "or the step that a training reached, are kept. |\n"
     )
 
 
