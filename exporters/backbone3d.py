@@ -8,7 +8,7 @@
 batch column is not either: one frame at a time. `status[0]` is the number of active sites of the input stage, and
 `status[i]` that after the i-th strided layer; for VoxelResBackBone8x: conv_input and conv1, conv2, conv3, conv4,
 conv_out. A runtime that knows the node (the TensorRT plugin) replaces the body; others run it. `sites` are z, y, x in
-raster order. A plan gives all rows that it has room for, sites as i32: behind the frame's rows zeros, and -1 for sites.
+raster order. A plan gives all rows that it has room for: behind those of the frame zeros, and -1 for sites.
 """
 
 from __future__ import annotations

@@ -102,12 +102,12 @@ def _entry_bytes(backbone: Backbone, found: FrameStatistics, frame: Frame, capac
 
 
 def _given_bytes(backbone: Backbone, frame: FrameStatistics, capacities: Mapping[str, int], element_bytes: int) -> int:
-    """Rows that leave the plan: those of the frame are read, those of the capacity written, in fp32 with z, y, x."""
+    """Rows that leave the plan: those of the frame are read, those of the capacity written: fp32, and 64-bit cells."""
     total = 0
     for layer in (layer for name in backbone.given.values() for layer in backbone.layers if layer.name == name):
         channels = len(layer.bias)
         total += frame.counts[layer.stage_out] * (WORD_BYTES + channels * element_bytes)
-        total += capacities[layer.stage_out] * (channels + 3) * WORD_BYTES
+        total += capacities[layer.stage_out] * (channels + 3 * 2) * WORD_BYTES
     return total
 
 

@@ -120,7 +120,7 @@ class _Planner:
         for name, layer in self._given():
             rows = self.capacities[layer.stage_out]
             make.binding("output", f"features.{name}", "fp32", rows, len(layer.bias))
-            make.binding("output", f"sites.{name}", "i32", 3, rows)
+            make.binding("output", f"sites.{name}", "i64", 3, rows)
         self.executed = make.cleared("executed", "i32", len(backbone.layers)) if count_tiles else self.report
         for stage in backbone.stages:
             words = -(-prod(stage.grid) // 32)

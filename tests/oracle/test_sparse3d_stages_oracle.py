@@ -26,13 +26,13 @@ ROOM = 1024
 
 
 def rows_given(outputs, name):
-    """The rows that are there, in the types of the ONNX node; the others must be empty."""
+    """The rows that are there; the others must be empty."""
     features, cells = outputs[f"features.{name}"], outputs[f"sites.{name}"]
     count = int((cells[0] >= 0).sum())
     assert (cells[:, :count] >= 0).all()
     assert (cells[:, count:] == -1).all()
     assert not features[count:].any()
-    return {f"features.{name}": features[:count], f"sites.{name}": cells[:, :count].astype(np.int64)}
+    return {f"features.{name}": features[:count], f"sites.{name}": cells[:, :count]}
 
 
 def second_stage_of(deployed, voxels, rows):

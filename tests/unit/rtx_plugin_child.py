@@ -18,7 +18,7 @@ import tensorrt_rtx as trt
 
 from engines.sparse3d.plan_file import read_plan
 
-TYPES = {"fp32": trt.DataType.FLOAT, "fp16": trt.DataType.HALF, "i32": trt.DataType.INT32}
+TYPES = {"fp32": trt.DataType.FLOAT, "fp16": trt.DataType.HALF, "i32": trt.DataType.INT32, "i64": trt.DataType.INT64}
 CALLS: list[str] = []
 FILES: list[str] = []
 

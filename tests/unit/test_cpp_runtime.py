@@ -24,13 +24,7 @@ import engines
 from benchmarks.sparse3d_gpu.cases import Case
 from dm3d_deploy.pointcloud import PointCloud
 from engines.sparse3d.interpreter_worker import trace_of
-from engines.sparse3d.plan import (
-    F32,
-    Launch,
-    Memset,
-    Plan,
-    Pointer,
-)
+from engines.sparse3d.plan import F32, Binding, Buffer, Launch, Memset, Plan, Pointer
 from engines.sparse3d.plan_file import decode_plan, encode_plan, write_plan
 
 RUNTIME = Path(str(engines.__file__)).parent / "sparse3d" / "runtime"
@@ -226,8 +220,12 @@ def test_every_refusal_of_the_interface(build: Path, tmp_path: Path) -> None:
 
 def test_the_tensorrt_plugin_does_what_is_asked_of_it(build: Path, tmp_path: Path) -> None:
     """Against declarations of our own, not TensorRT."""
-    write_plan(tmp_path / "plan", sample_with_cubins(87))
-    done = call(build, "check_tensorrt", tmp_path / "plan")
+    plan = sample_with_cubins(87)
+    write_plan(tmp_path / "plan", plan)
+    sites = Binding(name="sites", dtype="i64", shape=(3, 2), buffer=len(plan.buffers))
+    buffers = (*plan.buffers, Buffer(name="sites", offset=0, bytes=48, kind="output"))
+    write_plan(tmp_path / "sites", replace(plan, buffers=buffers, outputs=(*plan.outputs, sites)))
+    done = call(build, "check_tensorrt", tmp_path / "plan", tmp_path / "sites")
     assert (done.returncode, done.stdout) == (0, "0 failures\n"), done.stderr
 
 

@@ -57,7 +57,7 @@ def test_a_plan_from_points_costs_its_own_entry(request, tmp_path):
 
 
 def test_rows_that_leave_cost_what_is_read_of_the_frame_and_written_of_the_capacity(tmp_path):
-    """By hand: 200 cells of 8 channels in fp16 with their keys are read, 256 rows of 8 fp32 and z, y, x written."""
+    """By hand: 200 rows of 8 channels in fp16 and their keys are read, 256 of 8 in fp32 and 64-bit z, y, x written."""
     coords = np.pad(clustered_cells(np.random.default_rng(0), (8, 20, 20), 200), ((0, 0), (1, 0)))
     made = layer(np.random.default_rng(1), "a", 8, 4, key="a")
     backbone = backbone_of([made], (8, 20, 20), 256, tmp_path)
@@ -66,7 +66,7 @@ def test_rows_that_leave_cost_what_is_read_of_the_frame_and_written_of_the_capac
     given, without = (
         plan_backbone(replace(backbone, given=rows), **room).meta["cost"] for rows in ({"x_a": "a"}, {})
     )  # fmt: skip
-    assert given["given_bytes"] == 200 * (8 * 2 + 4) + 256 * (8 + 3) * 4
+    assert given["given_bytes"] == 200 * (8 * 2 + 4) + 256 * (8 + 6) * 4
     assert given["moved_bytes"] == without["moved_bytes"] + given["given_bytes"]
 
 

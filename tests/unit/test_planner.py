@@ -76,8 +76,8 @@ def test_rows_of_stages_are_outputs_after_map_and_status(backbone, detector):
     plan = plan_backbone(replace(backbone, given=given), frame=frame, capacities=rooms)
     assert decode_plan(encode_plan(plan)) == plan
     assert {item.name: (item.dtype, item.shape) for item in plan.outputs[2:]} == {
-        "features.x_conv2": ("fp32", (4000, 8)), "sites.x_conv2": ("i32", (3, 4000)),
-        "features.x_conv4": ("fp32", (300, 16)), "sites.x_conv4": ("i32", (3, 300)),
+        "features.x_conv2": ("fp32", (4000, 8)), "sites.x_conv2": ("i64", (3, 4000)),
+        "features.x_conv4": ("fp32", (300, 16)), "sites.x_conv4": ("i64", (3, 300)),
     }  # fmt: skip
     told = describe(plan)
     assert told["outputs"]["features.x_conv4"] == "fp32[300, 16]"

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import onnx
 import pytest
+from sparse3d_sample import voxel_frame
+from two_stage_sample import variant
 
 import engines
+from dm3d_deploy.models.detector import build_detector
 from dm3d_deploy.stages import FILES
-from engines.sparse3d.plan_file import read_plan
+from engines.sparse3d.onnx_reader import read_backbone
+from engines.sparse3d.plan_file import read_plan, write_plan
+from engines.sparse3d.planner import plan_backbone
 from engines.tensorrt_rtx import rtx_missing
+from exporters.backbone3d import export_backbone3d
 
 pytestmark = pytest.mark.tensorrt
 CHILD = Path(__file__).with_name("rtx_plugin_child.py")
-TYPE_OF = {"fp16": "HALF", "fp32": "FLOAT", "i32": "INT32"}
+TYPE_OF = {"fp16": "HALF", "fp32": "FLOAT", "i32": "INT32", "i64": "INT64"}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,19 @@ def test_every_node_of_ours_becomes_one_plugin_of_the_plans_shapes(library, tiny
     assert told["calls"] == [str([list(item.shape) for item in [*plan.inputs, *plan.outputs]])]
     assert told["built"]
     assert told["carries_the_plan"]
+
+
+def test_rows_of_stages_are_outputs_of_the_plugin(library, tmp_path):
+    detector = build_detector(variant("voxel-rcnn"))
+    export_backbone3d(detector, tmp_path / "backbone3d.onnx", max_voxels=256, plan_file="3d.plan")
+    backbone = read_backbone(tmp_path / "backbone3d.onnx")
+    rooms = {stage.name: 256 for stage in backbone.stages}
+    plan = plan_backbone(backbone, frame=voxel_frame(detector, 256), capacities=rooms)
+    write_plan(tmp_path / "3d.plan", plan)
+    told = child(library, tmp_path / "backbone3d.onnx", tmp_path, "plugin")
+    assert (told["parsed"], told["errors"], told["built"], told["carries_the_plan"]) == (True, [], True, True)
+    assert told["outputs"] == {item.name: [TYPE_OF[item.dtype], list(item.shape)] for item in plan.outputs}
+    assert told["outputs"]["sites.x_conv4"] == ["INT64", [3, 256]]
 
 
 def test_without_the_plugin_the_slow_body_is_not_taken_silently(library, tiny_run):

@@ -245,7 +245,7 @@ def test_the_plans_of_a_run_give_out_what_the_second_stage_reads(run):
     for kind in ("plan", "points_plan"):
         told = describe_plan_of_run(run, kind)
         assert set(told["outputs"]) == graph
-        assert told["outputs"]["sites.x_conv4"] == f"i32[3, {told['capacities']['stage4_down']}]"
+        assert told["outputs"]["sites.x_conv4"] == f"i64[3, {told['capacities']['stage4_down']}]"
         assert told["launches_of"]["kernels_conv.give_rows"] == len(told["meta"]["given"]) == 4
         assert [row["sm"] for row in told["images"]] == ["sm_87"]
 

@@ -25,9 +25,12 @@ struct Named : Interface {
   AsciiChar const *getPluginNamespace() const noexcept override { return "dm3d"; }
 };
 
-DataType type_of(const dm3d_binding &binding) {  // the planner binds fp32, fp16 and i32
+DataType type_of(const dm3d_binding &binding) {  // the planner binds fp32, fp16, i64 and i32
   const std::string name = binding.dtype;
-  return name == "fp32" ? DataType::kFLOAT : name == "fp16" ? DataType::kHALF : DataType::kINT32;
+  return name == "fp32"   ? DataType::kFLOAT
+         : name == "fp16" ? DataType::kHALF
+         : name == "i64"  ? DataType::kINT64
+                          : DataType::kINT32;
 }
 
 class SparseBackbone final : public IPluginV3, public Named<IPluginV3OneCore>, public IPluginV3OneBuild,

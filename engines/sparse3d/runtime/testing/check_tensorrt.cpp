@@ -1,7 +1,7 @@
 // Walks the plugin through what TensorRT does with it: found, created from a file, asked, serialised, created again from
 // its own field, attached, enqueued.
 //
-//     dm3d_check_tensorrt PLAN       with the stand-in libcuda before others on LD_LIBRARY_PATH
+//     dm3d_check_tensorrt PLAN SITES       the second plan with an output of 64-bit cells, with the stand-in libcuda before others on LD_LIBRARY_PATH
 #include <NvInfer.h>
 
 #include <cstdio>
@@ -81,6 +81,14 @@ void check_build(const Plugin &plugin) {
          "another format and another type");
 }
 
+void check_sites(const Plugin &plugin) {
+  auto &build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+  DataType types[3];
+  expect(build.getNbOutputs() == 3 && build.getOutputDataTypes(types, 3, nullptr, 0) == 0 &&
+             types[1] == DataType::kINT32 && types[2] == DataType::kINT64,
+         "cells of 64 bits beside the status");
+}
+
 void check_run(const Plugin &plugin) {
   const dm3d::Driver driver;
   auto &runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
@@ -107,7 +115,7 @@ void check_run(const Plugin &plugin) {
 }  // namespace
 
 int main(int count, char **words) {
-  if (count != 2) return 2;
+  if (count != 3) return 2;
   int32_t creators = 0;
   auto &creator = *static_cast<IPluginCreatorV3One *>(getCreators(creators)[0]);
   expect(creators == 1 && creator.getFieldNames()->nbFields == 2, "one creator with two fields");
@@ -117,6 +125,9 @@ int main(int count, char **words) {
   expect(plugin != nullptr, "created from a file");
   if (!plugin) return 1;
   check_build(plugin);
+  const std::string sites = words[2];
+  check_sites(created(creator, PluginField("plan_file", sites.data(), PluginFieldType::kCHAR,
+                                           static_cast<int32_t>(sites.size()))));
   auto &runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
   const Plugin again = created(creator, runtime.getFieldsToSerialize()->fields[0]);
   expect(again != nullptr, "created from its own field");
