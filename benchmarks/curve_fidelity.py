@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from benchmarks.stamped import Lines, floats, leave, markdown, parser_of, stamped
 from calib.pool import FramePool
-from dm3d_deploy.artifacts import digest_of_file, write_bytes, write_json
+from dm3d_deploy.artifacts import digest_of_file, write_json, write_tensors
 from dm3d_deploy.build import build
 from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.pruning.patterns import prune_step
@@ -45,7 +45,7 @@ def measured(run: RunContext, ratio: float, path: Path) -> dict[str, float]:
             if name in found:
                 continue
             keep = prune_step(layers[name], scores.get_tensor(name), "unstructured", (ratio,)) > 0
-            write_bytes(trial, save(masked_state(state, {name: keep})))
+            write_tensors(trial, masked_state(state, {name: keep}))
             each = distortions(run, dense, outputs_of(run, trial, frames, lambda _: None))
             found[name] = math.fsum(each) / len(each)
             print(f"{time.strftime('%H:%M:%S')}  {ratio:g}  {name}  {found[name]:.4g}", file=sys.stderr, flush=True)

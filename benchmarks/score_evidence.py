@@ -15,11 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save
-
 from benchmarks.stamped import Lines, floats, leave, markdown, parser_of, stamped
 from calib.pool import FramePool
-from dm3d_deploy.artifacts import write_bytes, write_json
+from dm3d_deploy.artifacts import write_json, write_tensors
 from dm3d_deploy.build import build
 from dm3d_deploy.pruning.normalisation import OutputScale, output_distortion, top_cells
 from dm3d_deploy.recipe import Recipe
@@ -55,7 +53,7 @@ class Judge:
     def parts(self, run: RunContext) -> Parts:
         """Means over the frames."""
         trial = run.root / "work" / ".judged.safetensors"
-        write_bytes(trial, save(masked_weights(run)))
+        write_tensors(trial, masked_weights(run))
         found = outputs_of(run, trial, self.frames, lambda _: None)
         trial.unlink()
         score, box = (self._mean(found, **weights) for weights in ({"lambda_box": 0.0}, {"lambda_score": 0.0}))

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from benchmarks.stamped import Lines, leave, markdown, parser_of, stamped
 from calib.pool import FramePool
-from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.artifacts import write_tensors
 from dm3d_deploy.build import build
 from dm3d_deploy.config import load_config
 from dm3d_deploy.errors import MissingDependency
@@ -88,14 +88,14 @@ def measured(run: RunContext, masks: Masks, truth: Callable[[Path], float]) -> t
     work = run.root / "work"
     trial, kept = work / ".trial.safetensors", work / ".masks.safetensors"
     state = masked_state(load_file(run.path("dense_weights")), masks)
-    write_bytes(trial, save(state))
-    write_bytes(kept, save(masks))
+    write_tensors(trial, state)
+    write_tensors(kept, masks)
     before = truth(trial)
     first = frames_of(run, "calibration")[:1]
     settings = reconstruction_settings(run, kept)
     job = frame_job(run, "reconstruction", first, weights=trial, folder=".reconstruction", settings=settings)
     (file,) = run.pool.run(job, advanced=lambda done, total: None)
-    write_bytes(trial, save({**state, **load_file(file)}))
+    write_tensors(trial, {**state, **load_file(file)})
     after = truth(trial)
     for path in (trial, kept, file):
         path.unlink()

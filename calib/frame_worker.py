@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from calib.frame_outputs import batch_statistics, decoded_boxes, head_maps, kept_pairs
 from calib.gradients import sketch_gradients
 from calib.pool import DONE_MARK, ERROR_MARK, IDLE_MARK, FrameJob, result_path
 from calib.reconstruct import reconstructed_weights
 from calib.scenes import proposed_rois, read_scenes
-from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.artifacts import write_tensors
 from dm3d_deploy.config import config_from_text
 from dm3d_deploy.errors import Dm3dError, UsageError
 from dm3d_deploy.models.checkpoints import load_checkpoint
@@ -63,9 +62,7 @@ def work(job: FrameJob, index: int, count: int) -> None:
             {**job.settings, "scenes": scenes},
         )
         _leave_if_orphaned(parent)  # another build may be writing into this folder by now
-        write_bytes(
-            result_path(Path(job.out_dir), frame), save({k: np.ascontiguousarray(v) for k, v in result.items()})
-        )
+        write_tensors(result_path(Path(job.out_dir), frame), result)
         print(f"{DONE_MARK}{frame}", flush=True)
 
 

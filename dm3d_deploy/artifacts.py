@@ -10,9 +10,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dm3d_deploy.errors import OutputError, StaleArtifact, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCHEMA = 1
 HASH_CHUNK_BYTES = 1 << 20
@@ -101,6 +104,18 @@ def _writer_of(data: bytes) -> Callable[[Path], None]:
 
 def _write_bytes(partial: Path, data: bytes) -> None:
     partial.write_bytes(data)
+
+
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as safetensors, whole.
+
+    safetensors writes an array's memory as it lies under the array's shape: one in any other order than C's, as weights
+    come from a training in channels_last, would be read back scrambled.
+    """
+    import numpy as np
+    from safetensors.numpy import save
+
+    write_bytes(path, save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from calib.calibration_set import SENSOR_OF_DATASET
 from calib.held_out import FIRST_SCORE_SEED
 from calib.pool import FrameJob, FramePool
 from calib.simulated_dataset import labelled_frame
 from calib.simulator import simulate_frame
-from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.artifacts import write_tensors
 from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.evaluation.labels import FrameLabels
 from dm3d_deploy.geometry.voxelize import voxelize
@@ -59,7 +59,7 @@ def simulate_scenes(
             arrays[f"{index}.points"] = voxels.points
         labels.append(frame.labels)
         advanced(index + 1)
-    write_bytes(file, save(arrays))
+    write_tensors(file, arrays)
     return Scenes(file=file, sensor=sensor, first_seed=first_seed, labels=tuple(labels))
 
 

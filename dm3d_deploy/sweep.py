@@ -13,10 +13,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.numpy import save
-
 from calib.pool import FramePool
-from dm3d_deploy.artifacts import canonical_json, digest_of_bytes, digest_of_file, disk_errors, write_bytes, write_json
+from dm3d_deploy.artifacts import (
+    canonical_json,
+    digest_of_bytes,
+    digest_of_file,
+    disk_errors,
+    write_json,
+    write_tensors,
+)
 from dm3d_deploy.build import build
 from dm3d_deploy.errors import UsageError, nearest
 from dm3d_deploy.progress import Silent, Watch
@@ -106,7 +111,7 @@ class _Judge:
         if self._dense is None:
             self._dense = outputs_of(run, run.path("dense_weights"), frames, lambda _: None)
         masked = run.root / "work" / ".masked.safetensors"
-        write_bytes(masked, save(masked_weights(run)))
+        write_tensors(masked, masked_weights(run))
         before = self._distortions(run, masked, frames)
         masked.unlink()
         recovered = json.loads(run.path("recovery").read_text(encoding="utf-8"))["accepted"]

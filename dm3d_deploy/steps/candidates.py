@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
-from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.artifacts import write_tensors
 from dm3d_deploy.errors import InfeasibleBudget, InternalError, VerificationFailed
 from dm3d_deploy.pruning.contracts import Allocation, Choice, WeightMask
 from dm3d_deploy.pruning.masks import masked_state, masks_of
@@ -131,7 +131,7 @@ def _true_distortions(run: RunContext, candidates: Sequence[Candidate], frames: 
     trial = run.root / "work" / ".candidate.safetensors"
     for candidate in candidates:
         masks = {mask.layer: mask.keep for mask in masks_in(run, candidate.allocation)}
-        write_bytes(trial, save(masked_state(state, masks)))
+        write_tensors(trial, masked_state(state, masks))
         found: list[Maps] = outputs_of(run, trial, frames, pieces.done)
         pieces.next_job(len(frames))
         trial.unlink()

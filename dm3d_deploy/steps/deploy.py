@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -13,6 +14,7 @@ from dm3d_deploy.artifacts import Engine, Graph, write_json
 from dm3d_deploy.config import load_config
 from dm3d_deploy.device import devices_from, rtx_targets, stamp_here
 from dm3d_deploy.errors import InternalError
+from dm3d_deploy.plan_facts import PLANS, plan_refusal
 from dm3d_deploy.pointcloud import PointCloud
 from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.stages import FILES, RunContext
@@ -20,6 +22,7 @@ from dm3d_deploy.steps.layers import read_allocation, read_group_curves, read_la
 
 if TYPE_CHECKING:
     from dm3d_deploy.models.detector import Detector
+    from engines.tensorrt_rtx import OpenRows
 
 WARMUP_ROUNDS = 1
 
@@ -90,7 +93,7 @@ def _row(kind: str, graph: Graph) -> dict[str, Any]:
 
 
 def engine(run: RunContext) -> None:
-    """Build the BEV-and-head engine for every target that can be built for here; say what was left out and why."""
+    """Build an engine of each dense graph for every target that can be built for here; say what was left out and why."""
     from engines.tensorrt_rtx import build_rtx_engine, rtx_missing
 
     devices = devices_from(run.recipe.device)
@@ -110,11 +113,36 @@ def engine(run: RunContext) -> None:
             run.path("bev_head"), FILES["bev_head_engine"], root=run.root, targets=targets,
             precision=run.recipe.precision, log_path=FILES["engine_log"],
         )  # fmt: skip
-        built.append(_engine_row(found))
+        built.append(_engine_row(found, {}))
+        if load_config(run.path("model_config")).second_stage is not None:
+            _second_stage_engine(run, targets, built, skipped)
     write_json(run.path("engines_info"), {"engines": built, "skipped": skipped})
 
 
-def _engine_row(found: Engine) -> dict[str, Any]:
+def _second_stage_engine(
+    run: RunContext, targets: tuple[str, ...], built: list[dict[str, Any]], skipped: list[dict[str, str]]
+) -> None:
+    """Build the engine of the second stage, if the 3D plans can say how many rows it reads."""
+    from dm3d_deploy.steps.open_rows import plans_needed, second_stage_rows
+    from engines.sparse3d.plan_file import read_plan
+    from engines.tensorrt_rtx import build_rtx_engine
+
+    config, info = load_config(run.path("model_config")), json.loads(run.path("plan_info").read_text(encoding="utf-8"))
+    for kind in plans_needed(config):
+        if plan_refusal(info, kind):
+            reason = f"a {PLANS[kind]} would say how many rows it reads, and there is none; ONNX Runtime runs the graph"
+            skipped.append({"layer": "engine of the second stage", "reason": reason})
+            run.watch.noted(f"no engine of the second stage: {reason}")
+            return
+    rows = second_stage_rows(config, {kind: read_plan(run.path(kind)) for kind in plans_needed(config)})
+    found = build_rtx_engine(
+        run.path("second_stage"), FILES["second_stage_engine"], root=run.root, targets=targets, precision="fp32",
+        log_path=FILES["second_stage_engine_log"], rows=rows,
+    )  # fmt: skip
+    built.append(_engine_row(found, rows))
+
+
+def _engine_row(found: Engine, rows: Mapping[str, OpenRows]) -> dict[str, Any]:
     return {
         "path": found.artifact.path,
         "backend": found.backend,
@@ -125,6 +153,7 @@ def _engine_row(found: Engine) -> dict[str, Any]:
         "sha256": found.artifact.digest,
         "bytes": found.artifact.bytes,
         "standing": found.standing,
+        "rows": [{"dimension": name, **asdict(bound)} for name, bound in rows.items()],
     }
 
 

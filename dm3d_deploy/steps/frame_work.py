@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from calib.pool import FrameJob
-from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.artifacts import write_tensors
 from dm3d_deploy.pruning.normalisation import OutputScale, output_distortion, top_cells
 from dm3d_deploy.stages import RunContext
 
@@ -61,7 +61,7 @@ def propose(run: RunContext, advanced: Callable[[int], None]) -> None:
     job = frame_job(run, "proposals", frames, weights=run.path("dense_weights"), folder=".proposals", settings={})
     files = run.pool.run(job, advanced=lambda done, _: advanced(done))
     rois = {str(frame): load_file(file)["rois"] for frame, file in zip(frames, files, strict=True)}
-    write_bytes(run.path("rois"), save(rois))
+    write_tensors(run.path("rois"), rois)
     shutil.rmtree(job.out_dir)
 
 

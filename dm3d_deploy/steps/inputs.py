@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.numpy import save
 
 from calib.calibration_set import FramePlan, FrameRef, load_frame
 from calib.readers import describe
-from dm3d_deploy.artifacts import write_bytes, write_json
+from dm3d_deploy.artifacts import write_bytes, write_json, write_tensors
 from dm3d_deploy.config import load_config
 from dm3d_deploy.errors import FrameError, UsageError, require
 from dm3d_deploy.geometry.voxelize import voxelize
@@ -114,7 +113,7 @@ def frames(run: RunContext) -> None:
             shown_columns = list(cloud.columns)
         rows.append(_row(ref, cloud, voxels))
         run.watch.advanced(index + 1, len(plan.frames))
-    write_bytes(run.path("frames"), save(arrays))
+    write_tensors(run.path("frames"), arrays)
     write_json(
         run.path("frames_info"),
         {

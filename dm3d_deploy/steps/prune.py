@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
-from dm3d_deploy.artifacts import write_bytes, write_json
+from dm3d_deploy.artifacts import write_json, write_tensors
 from dm3d_deploy.config import load_config
 from dm3d_deploy.pruning.channels import GroupCurve, group_curve
 from dm3d_deploy.pruning.contracts import Curve, Layer, Pattern
@@ -73,7 +73,7 @@ def gradients(run: RunContext) -> None:
     job = frame_job(run, "gradients", frames, weights=run.start, folder="gradients", settings=settings)
     files = run.pool.run(job, advanced=lambda done, _: run.watch.advanced(len(frames) + 2 * done, total))
     chosen = [file for frame, file in zip(frames, files, strict=True) if frame in refit_frames(run)]
-    write_bytes(run.path("sensitivity"), save(_sensitivity(chosen)))
+    write_tensors(run.path("sensitivity"), _sensitivity(chosen))
     write_json(run.path("output_scale"), scale.as_json())
     write_json(run.path("layers"), layers_as_json(layers))
 
@@ -146,7 +146,7 @@ def curves(run: RunContext) -> None:
         groups = _groups_in(tuple(layers.values()), run.recipe.scope)
         made = (_channel_curve(run, group, layers, weights, handles) for group in groups)
         found = [curve for curve in made if curve is not None]
-    write_bytes(run.path("scores"), save(scores))
+    write_tensors(run.path("scores"), scores)
     write_json(run.path("curves"), rows)
     write_json(run.path("channels"), group_curves_as_json(found))
 
@@ -200,7 +200,7 @@ def mask(run: RunContext) -> None:
                 "legal_2_4": is_2_4(taps_from_native(left, kept)) if _may_be_2_4(left) else None,
             }
         )
-    write_bytes(run.path("masks"), save({name: np.ascontiguousarray(m.keep) for name, m in sorted(masks.items())}))
+    write_tensors(run.path("masks"), {name: m.keep for name, m in sorted(masks.items())})
     write_json(run.path("masks_info"), rows)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
-from dm3d_deploy.artifacts import write_bytes, write_json
+from dm3d_deploy.artifacts import write_json, write_tensors
 from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.pruning.recovery import STEPS_OF, Acceptance, judge, mean_statistics
 from dm3d_deploy.stages import RunContext
@@ -58,7 +58,7 @@ def recover(run: RunContext) -> None:
             seconds[verdict.method] = round(time.perf_counter() - started, 3)
         trials.close()
         found = _as_json(rows, before, trials.last)
-    write_bytes(run.path("pruned_weights"), save(state))
+    write_tensors(run.path("pruned_weights"), state)
     write_json(run.path("recovery"), found)
     write_json(run.path("recovery_seconds"), seconds)
 
@@ -101,7 +101,7 @@ class _Trials:
         self._any_taken = False
 
     def write(self, state: State) -> None:
-        write_bytes(self.path, save(state))
+        write_tensors(self.path, state)
 
     def job(self, kind: str, frames: tuple[int, ...], state: State, settings: Mapping[str, Any]) -> list[State]:
         """What the frame workers compute with these weights."""

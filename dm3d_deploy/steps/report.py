@@ -283,7 +283,11 @@ def _engines(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         "chosen": None,
         "note": note,
     }
-    return [{**row, "sparsity": sparsity} for row in found["engines_info"]["engines"]]
+    return [
+        # 2:4 is judged of the head's graph; a second stage is float32, which sparse tensor cores do not take
+        {**row, "sparsity": sparsity if row["path"] == FILES["bev_head_engine"] else None}
+        for row in found["engines_info"]["engines"]
+    ]
 
 
 def _detections(run: RunContext) -> dict[str, Any]:

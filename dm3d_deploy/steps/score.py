@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from safetensors.numpy import save
-
-from dm3d_deploy.artifacts import write_bytes, write_json
+from dm3d_deploy.artifacts import write_json, write_tensors
 from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.evaluation.benchmarks import MIN_POINTS, scored_classes
@@ -57,7 +55,7 @@ def _scored(run: RunContext, config: DetectorConfig) -> dict[str, Any]:
     weights = {DENSE: run.path("dense_weights"), MASKED: run.path("pruned_weights")}
     if recovered:
         weights = {**weights, MASKED: work / ".masked.safetensors", RECOVERED: run.path("pruned_weights")}
-        write_bytes(weights[MASKED], save(masked_weights(run)))
+        write_tensors(weights[MASKED], masked_weights(run))
     pieces = Pieces(run, count * (1 + len(weights)))
     scenes = simulate_scenes(work / ".scenes.safetensors", config, frames=count, advanced=pieces.done)
     pieces.next_job(count)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
-from dm3d_deploy.artifacts import write_bytes
+from dm3d_deploy.artifacts import write_tensors
 from dm3d_deploy.errors import InfeasibleBudget
 from dm3d_deploy.pruning.allocation import allocate, items_for
 from dm3d_deploy.pruning.channels import GroupCurve, Slimming, slimmed
@@ -249,7 +249,7 @@ def block_distortions(run: RunContext, layers: Sequence[Layer]) -> dict[str, flo
     losses = {}
     for block in blocks:
         masks = {name: np.zeros(shapes[name], np.bool_) for name in (f"{block}.conv1", f"{block}.conv2")}
-        write_bytes(trial, save(masked_state(state, masks)))
+        write_tensors(trial, masked_state(state, masks))
         each = distortions(run, dense, outputs_of(run, trial, frames, pieces.done))
         pieces.next_job(len(frames))
         losses[block] = math.fsum(each) / len(each)

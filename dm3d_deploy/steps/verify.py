@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
-from dm3d_deploy.artifacts import write_bytes, write_json
+from dm3d_deploy.artifacts import write_json, write_tensors
 from dm3d_deploy.config import DetectorConfig
 from dm3d_deploy.detect import VARIANTS, DeployedDetector, load_run
 from dm3d_deploy.evidence import Comparison, Tolerance, compare_arrays
@@ -89,7 +89,7 @@ def _before_recovery(
     """Distortions of the weights that pruning started from, masked."""
     state = masked_state(load_file(run.start), load_file(run.path("masks")))
     masked = run.root / "work" / ".masked.safetensors"
-    write_bytes(masked, save(state))
+    write_tensors(masked, state)
     found = outputs_of(run, masked, frames, pieces.done)
     pieces.next_job(len(frames))
     masked.unlink()

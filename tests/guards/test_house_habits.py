@@ -59,6 +59,13 @@ def notes(text: str) -> Found:
             yield number, f"a note to oneself: {line.strip()}"
 
 
+def scrambling_saves(text: str) -> Found:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "safetensors.numpy":
+            if any(alias.name.startswith("save") for alias in node.names):
+                yield node.lineno, "safetensors scrambles arrays that are not in C's order: use artifacts.write_tensors"
+
+
 def found_in(paths: Iterable[Path], check: Callable[[str], Found]) -> list[str]:
     rows = []
     for path in paths:
@@ -84,6 +91,12 @@ def test_our_packages_check_and_catch_by_name(check: Callable[[str], Found]) -> 
     assert found_in(paths, check) == []
 
 
+def test_one_place_alone_writes_arrays() -> None:
+    paths = sources(*PACKAGES, "benchmarks")
+    found = found_in(paths, scrambling_saves)
+    assert [row.split(":")[0] for row in found] == ["dm3d_deploy/artifacts.py"]
+
+
 def test_nobody_left_notes() -> None:
     folders = (*PACKAGES, "tests", "benchmarks", "docs")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in OWN_TEXT]
@@ -106,6 +119,8 @@ def test_nobody_left_notes() -> None:
         (broad_excepts, "try:\n    f()\nexcept subprocess.TimeoutExpired:\n    pass\n", 0),
         (asserts, "def f(x):\n    assert x\n", 1),
         (asserts, "def f(x):\n    assert_that(x)\n", 0),
+        (scrambling_saves, "from safetensors.numpy import load_file, save\n", 1),
+        (scrambling_saves, "from safetensors.numpy import load_file\n", 0),
         (notes, "x = 1  # TO" + "DO: later\n", 1),
         (notes, "x = 1  # todos are welcome\n", 0),
     ],
