@@ -61,9 +61,9 @@ def notes(text: str) -> Found:
 
 def scrambling_saves(text: str) -> Found:
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module == "safetensors.numpy":
-            if any(alias.name.startswith("save") for alias in node.names):
-                yield node.lineno, "safetensors scrambles arrays that are not in C's order: use artifacts.write_tensors"
+        names = node.names if isinstance(node, ast.ImportFrom) and node.module == "safetensors.numpy" else []
+        if any(alias.name.startswith("save") for alias in names):
+            yield node.lineno, "safetensors scrambles arrays that are not in C's order: use artifacts.write_tensors"
 
 
 def found_in(paths: Iterable[Path], check: Callable[[str], Found]) -> list[str]:
