@@ -22,7 +22,7 @@ from dm3d_deploy.errors import InternalError
 from dm3d_deploy.models.sparse import KernelMap, cell_keys, cells_of, strided_map, submanifold_map
 from engines.sparse3d.entry import Frame
 from engines.sparse3d.interpreter import NUMPY_OF, PlanRun
-from engines.sparse3d.onnx_reader import Backbone, Convolution
+from engines.sparse3d.onnx_reader import MERGED, Backbone, Convolution
 from engines.sparse3d.plan import Launch, Plan, Pointer
 
 SOURCES = Path(str(engines.__file__)).parent / "sparse3d"
@@ -39,6 +39,7 @@ def every_array(backbone: Backbone, frame: Frame, capacity: int) -> list[str]:
     books = dict.fromkeys(layer.book for layer in backbone.layers)
     names += [f"{book}.{part}" for book in books for part in ("pairs", "taps", "list", "length")]
     names += ["report", "entry.keys", "entry.features", *(layer.name for layer in backbone.layers)]
+    names += [f"{MERGED}.features"] if backbone.merged else []
     names += ["entry.rings", "entry.limit"] if frame.rings(capacity) else []
     return names + (["entry.sums", "entry.members"] if frame.points else [])
 
@@ -343,9 +344,35 @@ def conv_tile_list(evidence: Evidence, v: dict[str, Any], names: Mapping[str, st
 
 def to_bev(evidence: Evidence, v: dict[str, Any], names: Mapping[str, str]) -> Iterator[Comparison]:
     cells = keys_in(v["bits"])[: v["capacity"]]
-    dense = np.zeros((v["channels"], v["depth"] * v["plane"]), v["bev"].dtype)
-    dense[:, cells] = v["features"][: len(cells), : v["channels"]].T
+    dense = np.zeros((v["channels"] + v["ACTIVE"], v["depth"] * v["plane"]), v["bev"].dtype)
+    dense[: v["channels"], cells] = v["features"][: len(cells), : v["channels"]].T
+    dense[v["channels"] :, cells] = 1
     yield "map", exactly(v["bev"]).reshape(dense.shape), exactly(dense)
+
+
+def _flat(evidence: Evidence) -> list[np.ndarray]:
+    """The flat cell of each row of the stages that are merged."""
+    flat = evidence.backbone.stage(MERGED)
+    width, cells = flat.grid[2], [_cells(evidence, name).numpy() for name in flat.merges]
+    return [(rows[:, 2] << shift) * width + (rows[:, 3] << shift) for shift, rows in enumerate(cells)]
+
+
+def bitmap_set_flat(evidence: Evidence, v: dict[str, Any], names: Mapping[str, str]) -> Iterator[Comparison]:
+    yield "bits", v["bits"], words_of(np.concatenate(_flat(evidence)), len(v["bits"]))  # one array of three launches
+
+
+def emit_flat_sites(evidence: Evidence, v: dict[str, Any], names: Mapping[str, str]) -> Iterator[Comparison]:
+    cells = np.unique(np.concatenate(_flat(evidence)))[: v["out_capacity"]]
+    yield "sites", v["out_site"][: len(cells)], cells
+
+
+def sum_flat(evidence: Evidence, v: dict[str, Any], names: Mapping[str, str]) -> Iterator[Comparison]:
+    flat, count = _flat(evidence), int(v["count"][0])
+    cells = np.unique(np.concatenate(flat))
+    total = np.zeros((len(cells), v["PITCH"]))
+    for stage, keys in enumerate(flat):
+        np.add.at(total, np.searchsorted(cells, keys), v[f"features_{stage}"][: len(keys)].astype(np.float64))
+    yield "sums", v["out"][:count], total[:count]
 
 
 def give_rows(evidence: Evidence, v: dict[str, Any], names: Mapping[str, str]) -> Iterator[Comparison]:
@@ -363,5 +390,6 @@ CHECKS: Mapping[str, Callable[..., Iterator[Comparison]]] = {
     for check in (
         enter_voxels, enter_points, ring_cutoff, drop_far, rank_block_sums, rank_prefix, canonicalise, sum_points,
         mean_features, bitmap_set_strided, emit_strided_sites, rulebook, tile_lists, conv_tile_list, to_bev, give_rows,
+        bitmap_set_flat, emit_flat_sites, sum_flat,
     )
 }  # fmt: skip

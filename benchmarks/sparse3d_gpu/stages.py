@@ -32,6 +32,9 @@ def check_stages(
     grid = case.backbone.stages[-1].grid
     dense = np.zeros((features.shape[1], int(np.prod(grid))), np.float32)
     dense[:, keys] = features.T
+    if case.backbone.tells_active:
+        dense = np.concatenate([dense, np.zeros_like(dense[:1])])
+        dense[-1, keys] = 1
     error, words = compared(run.outputs["bev"].reshape(dense.shape), dense)
     yield judged(part, "bev", error <= tolerance, f"{words}, at most {tolerance:g}")
     executed, predicted = run.kept["executed"].tolist(), list(plan.meta["cost"]["tile_products"].values())

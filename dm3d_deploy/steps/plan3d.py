@@ -29,10 +29,6 @@ from engines.sparse3d.sites import frame_statistics
 
 POINTS = "points"
 PILLARS = "pillars have no 3D backbone; ONNX Runtime runs their point network (onnx/backbone3d.onnx)"
-MERGED = (
-    "VoxelNeXt adds up three stages in the bird's-eye view, which a plan does not know, so that its backbone and its "
-    "flat convolutions have no plan; ONNX Runtime runs them (onnx/backbone3d.onnx)"
-)
 WHOLE_MAP = (
     "onnx/bev_head.onnx runs the pointwise head at every cell of the map and empties what is not active; its "
     "multiplications are counted at active cells"
@@ -88,14 +84,12 @@ def _neutral_plans(run: RunContext, skipped: list[dict[str, str]]) -> dict[str, 
 
     rooms = rooms_from_text(run.recipe.capacities)
     config = load_config(run.path("model_config"))
-    merges = config.backbone_3d is not None and config.backbone_3d.name == VOXELNEXT
-    if config.pillars is not None or merges:
-        reason = MERGED if merges else PILLARS
+    if config.backbone_3d is not None and config.backbone_3d.name == VOXELNEXT:
+        skipped.append({"layer": "the head at active cells alone", "reason": WHOLE_MAP})
+    if config.pillars is not None:
         if rooms:
-            raise UsageError(f"--capacities are of a 3D plan, and there is none: {reason}.", fix="leave them out")
-        skipped += [{"layer": name, "reason": reason} for name in PLANS.values()]
-        if merges:
-            skipped.append({"layer": "the head at active cells alone", "reason": WHOLE_MAP})
+            raise UsageError(f"--capacities are of a 3D plan, and there is none: {PILLARS}.", fix="leave them out")
+        skipped += [{"layer": name, "reason": PILLARS} for name in PLANS.values()]
         return plans
     try:
         backbone = read_backbone(run.path("backbone3d"))

@@ -10,7 +10,7 @@ import numpy as np
 
 from dm3d_deploy.errors import UsageError
 from engines.sparse3d.entry import Frame
-from engines.sparse3d.onnx_reader import ENTRY, Backbone, Convolution
+from engines.sparse3d.onnx_reader import ENTRY, MERGED, Backbone, Convolution
 from engines.sparse3d.packing import TiledWeights, pitch_of
 from engines.sparse3d.sites import FrameStatistics, predicted_tiles
 
@@ -69,6 +69,7 @@ def _frame(
         useful += gathered * tile_in * tile_out
     last = backbone.layers[-1]
     dense = prod(backbone.bev_shape) + frame.counts[last.stage_out] * pitch_of(len(last.bias))
+    convolution += _merged_bytes(backbone, frame, element_bytes)
     return {
         "index_bytes": _index_bytes(backbone, frame),
         "convolution_bytes": convolution,
@@ -101,6 +102,13 @@ def _entry_bytes(backbone: Backbone, found: FrameStatistics, frame: Frame, capac
     return words * WORD_BYTES + sites * pitch_of(columns) * element_bytes
 
 
+def _merged_bytes(backbone: Backbone, frame: FrameStatistics, element_bytes: int) -> int:
+    """Rows of the merged stages that are read once, and their sums that are written."""
+    ends = [layer for layer in backbone.layers if layer.name in backbone.merged]
+    rows = sum(frame.counts[layer.stage_out] for layer in ends) + (frame.counts[MERGED] if ends else 0)
+    return rows * pitch_of(len(ends[0].bias)) * element_bytes if ends else 0
+
+
 def _given_bytes(backbone: Backbone, frame: FrameStatistics, capacities: Mapping[str, int], element_bytes: int) -> int:
     """Rows that leave the plan: those of the frame are read, those of the capacity written: fp32, and 64-bit cells."""
     total = 0
@@ -117,7 +125,9 @@ def _index_bytes(backbone: Backbone, frame: FrameStatistics) -> int:
     for stage in backbone.stages:
         words, sites = -(-prod(stage.grid) // 32), frame.counts[stage.name]
         total += (3 * words + min(words, sites)) * WORD_BYTES
-        if stage.name != ENTRY:
+        if stage.merges:
+            total += sum(frame.counts[name] for name in stage.merges) * (2 + 4) * WORD_BYTES
+        elif stage.name != ENTRY:
             reach = prod(-(-size // step) for size, step in zip(stage.kernel, stage.stride, strict=True))
             total += frame.counts[stage.source] * (2 + 4 * reach) * WORD_BYTES
     for book in {layer.book: layer for layer in backbone.layers}.values():

@@ -53,9 +53,12 @@ def conv_tile_list(
 @triton.jit
 def to_bev(
     features_ptr, bits_ptr, prefix_ptr, bev_ptr, capacity, depth, plane, channels,
-    PITCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    PITCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ACTIVE: tl.constexpr,
 ):  # fmt: skip
-    """bev[c * depth + z, cell] = features of the site, zero without one: every value is written once, none cleared."""
+    """bev[c * depth + z, cell] = features of the site, zero without one: every value is written once, none cleared.
+
+    With ACTIVE (0 or 1) a channel behind the others is one at each site.
+    """
     cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     z = tl.program_id(1)
     inside = cell < plane
@@ -64,6 +67,10 @@ def to_bev(
     real = (channel < channels)[:, None]
     address = features_ptr + row[None, :] * PITCH + channel[:, None]
     values = tl.load(address, mask=real & (row >= 0)[None, :], other=0.0)
+    if ACTIVE:
+        site = (row >= 0)[None, :] & (channel == channels)[:, None]
+        values = tl.where(site, 1.0, values.to(tl.float32)).to(bev_ptr.dtype.element_ty)
+        real = (channel <= channels)[:, None]
     tl.store(bev_ptr + (channel[:, None] * depth + z) * plane + cell[None, :], values, mask=real & inside[None, :])
 
 

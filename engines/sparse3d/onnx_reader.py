@@ -16,6 +16,8 @@ from dm3d_deploy.errors import EngineError
 NODE = "SparseBackbone3d"
 DOMAIN = "dm3d"
 ENTRY = "input"
+MERGED = "merged"
+MERGED_STAGES = 3
 MAX_TAPS = 31  # taps are bits of one word
 
 Triple = tuple[int, int, int]
@@ -23,7 +25,10 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Active sites on one grid: those of the frame (no `source`), or those that a strided kernel reaches."""
+    """Active sites on one grid: those of the frame (no `source`), or those that a strided kernel reaches.
+
+    Or, flat, all columns of the stages that it `merges`, whose cells are 1, 2, 4 of its own wide.
+    """
 
     name: str
     grid: Triple
@@ -31,13 +36,15 @@ class Stage:
     kernel: Triple = (1, 1, 1)
     stride: Triple = (1, 1, 1)
     padding: Triple = (0, 0, 0)
+    merges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convolution:
     """One layer: relu(convolution of `source` + bias + `adds`); `taps[i]` is the tap of the matrix weight[i].
 
-    `source` and `adds` are names of layers; the empty name is the frame's features, or nothing added.
+    `source` and `adds` are names of layers; the empty name is the frame's features, or nothing added. The source
+    MERGED is the sum over z of the layers that end the merged stages.
     """
 
     name: str
@@ -66,6 +73,8 @@ class Convolution:
 class Backbone:
     """The whole: `layers` in forward order, the last of them becomes the bird's-eye view.
 
+    `merged` names the layers that are added up in the stage MERGED. With `tells_active` the view has a last channel,
+    1 at active cells.
     `given` names by output ("x_conv3") the layers whose rows leave the node too: features.x_conv3, sites.x_conv3.
     """
 
@@ -73,6 +82,8 @@ class Backbone:
     layers: tuple[Convolution, ...]
     max_voxels: int
     columns: int
+    merged: tuple[str, ...] = ()
+    tells_active: bool = False
     given: Mapping[str, str] = field(default_factory=dict)
 
     def stage(self, name: str) -> Stage:
@@ -81,10 +92,10 @@ class Backbone:
 
     @property
     def bev_shape(self) -> tuple[int, int, int, int]:
-        """[1, channels * depth, height, width]."""
+        """[1, channels * depth, height, width], a channel more where it tells active cells."""
         last = self.layers[-1]
         depth, height, width = self.stage(last.stage_out).grid
-        return 1, len(last.bias) * depth, height, width
+        return 1, (len(last.bias) + self.tells_active) * depth, height, width
 
 
 def read_backbone(path: Path) -> Backbone:
@@ -128,6 +139,9 @@ class _Reader:
         self.cells: dict[str, dict[str, Any]] = {}
         self.sums: dict[str, str] = {}
         self.added: dict[str, str] = {}
+        self.merges: dict[str, tuple[str, ...]] = {}
+        self.merged: tuple[str, ...] = ()
+        self.ones: dict[str, str] = {}
         self.outputs: dict[str, str] = {}
         self.last = ""
 
@@ -149,6 +163,12 @@ class _Reader:
             self._close(self.sums[node.input[0]], node.output[0])
         elif node.domain == DOMAIN and kind.startswith("StridedCells"):
             self.cells[node.output[0]] = {**_attributes(node), "source": _stage_of(node.input[0])}
+        elif node.domain == DOMAIN and kind.startswith("MergedCells"):
+            self.merges[node.output[0]] = tuple(map(_stage_of, node.input))
+        elif node.domain == DOMAIN and kind.startswith("MergedFeatures"):
+            self.merged = tuple(node.input)[4:]  # behind cells, sites, plane, table
+        elif node.domain == DOMAIN and kind.startswith("WithOnes"):
+            self.ones[node.output[0]] = node.input[0]
         elif node.domain == DOMAIN and kind.startswith("CellIndex"):
             self._stage(node)
         elif node.domain == DOMAIN and kind.startswith(("SubMConv3d", "SparseConv3d")):
@@ -166,7 +186,7 @@ class _Reader:
         name, grid = _stage_of(node.output[0]), _triple(_attributes(node)["grid"])
         shape = self.cells.get(node.input[0])
         if shape is None:
-            self.stages[name] = Stage(name=name, grid=grid)
+            self.stages[name] = Stage(name=name, grid=grid, merges=self.merges.get(node.input[0], ()))
             return
         kernel, stride, padding = (_triple(shape[word]) for word in ("kernel", "stride", "padding"))
         self.stages[name] = Stage(
@@ -179,6 +199,9 @@ class _Reader:
         if weight is None or bias is None or weight.dtype != np.float32 or weight.ndim != 3:
             self._refuse(f"the layer {name} holds no fp32 weights [taps, Cin, Cout]")
         source = self.layers.get(node.input[0])
+        stage_in, before = (source.stage_out, source.name) if source else (ENTRY, "")
+        if node.input[0] == MERGED:
+            stage_in = before = MERGED
         stage_out = _stage_of(node.input[1])
         taps = tuple(int(tap) for tap in attributes.get("taps", ()))
         kernel = _triple(attributes["kernel"])
@@ -186,7 +209,7 @@ class _Reader:
             self._refuse(f"the layer {name} has taps {list(taps)} of a kernel {kernel}; at most {MAX_TAPS} can be run")
         self.layers[name] = Convolution(
             name=name, weight=weight, bias=bias, taps=taps, kernel=kernel,
-            stage_in=source.stage_out if source else ENTRY, stage_out=stage_out, source=source.name if source else "",
+            stage_in=stage_in, stage_out=stage_out, source=before,
         )  # fmt: skip
         self.sums[node.output[0]] = name
 
@@ -199,16 +222,17 @@ class _Reader:
     def backbone(self, *, max_voxels: int, columns: int) -> Backbone:
         """Check what was collected."""
         layers = list(self.layers.values())
-        if not layers or self.last != layers[-1].name or ENTRY not in self.stages:
+        if not layers or self.ones.get(self.last, self.last) != layers[-1].name or ENTRY not in self.stages:
             self._refuse(f"its map is made of '{self.last}', which is not the last layer")
         first = layers[0].source == "" and all(layer.source for layer in layers[1:])
         if not first or layers[0].weight.shape[1] != columns:
             self._refuse("more than one layer, or one of other channels, takes the frame's features")
         for layer in layers:
             self._check(layer)
+        self._check_merged()
         return Backbone(
             stages=tuple(self.stages.values()), layers=tuple(layers), max_voxels=max_voxels, columns=columns,
-            given=self._given(),
+            merged=self.merged, tells_active=self.last in self.ones, given=self._given(),
         )  # fmt: skip
 
     def _given(self) -> dict[str, str]:
@@ -231,6 +255,19 @@ class _Reader:
             self._refuse(f"the layer {layer.name} joins {layer.stage_in} to {layer.stage_out} by no kernel of its own")
         if added is not None and (added.stage_out, len(added.bias)) != (layer.stage_out, len(layer.bias)):
             self._refuse(f"the layer {layer.name} adds {layer.adds}, which has other sites or channels")
+
+    def _check_merged(self) -> None:
+        """Three stages, each with the last layer on it, all of the same channels, on grids that halve."""
+        stages = self.stages[MERGED].merges if MERGED in self.stages else ()
+        ends = [self.layers.get(name) for name in self.merged]
+        if not stages and not ends:
+            return
+        height, width = self.stages[MERGED].grid[1:]
+        halved = [(-(-height >> shift), -(-width >> shift)) for shift in range(MERGED_STAGES)]
+        told = [(end.stage_out, len(end.bias)) for end in ends if end]
+        wanted = [(stage, told[0][1]) for stage in stages] if told else []
+        if told != wanted or [self.stages[stage].grid[1:] for stage in stages if stage in self.stages] != halved:
+            self._refuse(f"it merges {list(self.merged)} of the stages {list(stages)}, not {MERGED_STAGES} that halve")
 
     def _refuse(self, what: str) -> NoReturn:
         raise EngineError(f"{self.path} cannot be planned: {what}.", fix="export it again with this version")

@@ -17,7 +17,7 @@ from dm3d_deploy.errors import EngineError, UsageError, nearest
 from engines.sparse3d.assembly import INT_LIMIT, Array, Assembly
 from engines.sparse3d.cost import cost_of
 from engines.sparse3d.entry import Frame, enter
-from engines.sparse3d.onnx_reader import ENTRY, Backbone, Convolution, Stage
+from engines.sparse3d.onnx_reader import ENTRY, MERGED, Backbone, Convolution, Stage
 from engines.sparse3d.packing import TiledWeights, pitch_of, tiled_weights
 from engines.sparse3d.plan import ELEMENT_BYTES, Plan, PlanLayer, StatusWord
 from engines.sparse3d.shapes import DEVICE, MOST_BLOCKS, KernelShapes, power_of_two, programs
@@ -139,6 +139,9 @@ class _Planner:
         started = {ENTRY}
         for number, layer in enumerate(self.backbone.layers):
             stage = self.backbone.stage(layer.stage_out)
+            if layer.source == MERGED and MERGED not in started:
+                started.add(MERGED)
+                self._merge()
             if stage.name not in started:
                 started.add(stage.name)
                 self._down(stage)
@@ -189,6 +192,41 @@ class _Planner:
         make.launch(
             "kernels_rulebook.emit_strided_sites", grid, site, count, bits, array(f"{stage.name}.prefix"),
             array(f"{stage.name}.sites"), rows, self.capacities[stage.name], *sizes, **forms,
+        )  # fmt: skip
+
+    def _merge(self) -> None:
+        """The flat stage, and the sum of the three that it merges."""
+        make, array, rows = self.assembly, self.assembly.array, self.capacities[MERGED]
+        flat, block = self.backbone.stage(MERGED), self.shapes.strided_rows
+        sources = [self.backbone.stage(name) for name in flat.merges]
+        bits, prefix, sites = (array(f"{MERGED}.{part}") for part in ("bits", "prefix", "sites"))
+        columns = [
+            (shift, [programs(self.capacities[source.name], block)], self.capacities[source.name], source)
+            for shift, source in enumerate(sources)
+        ]  # fmt: skip
+        for shift, grid, room, source in columns:
+            make.launch(
+                "kernels_flat.bitmap_set_flat", grid, array(f"{source.name}.sites"), array(f"{source.name}.count"),
+                bits, room, *source.grid[1:], flat.grid[2], SHIFT=shift, BLOCK=block,
+            )  # fmt: skip
+        self._scan(MERGED, report=True)
+        for shift, grid, room, source in columns:
+            make.launch(
+                "kernels_flat.emit_flat_sites", grid, array(f"{source.name}.sites"), array(f"{source.name}.count"),
+                bits, prefix, sites, room, rows, *source.grid[1:], flat.grid[2], SHIFT=shift, BLOCK=block,
+            )  # fmt: skip
+        pointers = [
+            each for name, source in zip(self.backbone.merged, sources, strict=True)
+            for each in (self.features[name], array(f"{source.name}.bits"), array(f"{source.name}.prefix"))
+        ]  # fmt: skip
+        sizes = [size for source in sources for size in (self.capacities[source.name], *source.grid)]
+        pitch = pointers[0].shape[1]
+        channels = min(OUT_CHANNELS, power_of_two(pitch))
+        self.features[MERGED] = make.work(f"{MERGED}.features", self.precision, rows, pitch)
+        make.launch(
+            "kernels_flat.sum_flat", [programs(rows, self.shapes.conv_rows), programs(pitch, channels)], sites,
+            array(f"{MERGED}.count"), self.features[MERGED], *pointers, rows, flat.grid[2], *sizes,
+            PITCH=pitch, CHANNELS=channels, BLOCK=self.shapes.conv_rows,
         )  # fmt: skip
 
     def _rulebook(self, layer: Convolution, stage: Stage) -> None:
@@ -276,12 +314,13 @@ class _Planner:
         make, layer = self.assembly, self.backbone.layers[-1]
         depth, height, width = self.backbone.stage(layer.stage_out).grid
         channels, cells = len(layer.bias), self.shapes.bev_cells
-        block = min(OUT_CHANNELS, power_of_two(channels))
+        active = int(self.backbone.tells_active)
+        block = min(OUT_CHANNELS, power_of_two(channels + active))
         make.launch(
-            "kernels_conv.to_bev", [programs(height * width, cells), depth, programs(channels, block)],
+            "kernels_conv.to_bev", [programs(height * width, cells), depth, programs(channels + active, block)],
             self.features[layer.name], make.array(f"{layer.stage_out}.bits"),
             make.array(f"{layer.stage_out}.prefix"), self.bev, self.capacities[layer.stage_out], depth, height * width,
-            channels, PITCH=pitch_of(channels), CHANNELS=block, BLOCK=cells,
+            channels, PITCH=pitch_of(channels), CHANNELS=block, BLOCK=cells, ACTIVE=active,
         )  # fmt: skip
 
     def _said_of_layers(self) -> list[PlanLayer]:

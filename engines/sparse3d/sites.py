@@ -42,6 +42,10 @@ def stage_sites(backbone: Backbone, coords: Int[np.ndarray, "voxels 4"]) -> dict
             cells = np.asarray(coords[:, 1:], np.int64)
             inside = ((cells >= 0) & (cells < stage.grid)).all(axis=1)
             found[stage.name] = np.unique(_keys(cells[inside].T, stage.grid))
+        elif stage.merges:
+            above = [_cells(found[name], backbone.stage(name).grid) for name in stage.merges]
+            flat = [_keys(cells * [[0], [1 << shift], [1 << shift]], stage.grid) for shift, cells in enumerate(above)]
+            found[stage.name] = np.unique(np.concatenate(flat))
         else:
             source = backbone.stage(stage.source)
             found[stage.name] = _strided(found[stage.source], source.grid, stage)

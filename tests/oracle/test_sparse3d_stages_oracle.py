@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sparse3d_sample import clustered_cells, layer, padded, plain_frame
+from sparse3d_sample import clustered_cells, layer, merging_layers, padded, plain_frame
 from two_stage_sample import VARIANTS, deployed_from, variant
 from zoo_sample import small_cloud_points
 
@@ -19,6 +19,7 @@ from engines.sparse3d.interpreter import interpret
 from engines.sparse3d.onnx_reader import read_backbone
 from engines.sparse3d.planner import plan_backbone
 from engines.sparse3d.shapes import WIDE
+from engines.sparse3d.sites import frame_statistics
 from exporters.backbone3d import backbone_model, export_backbone3d
 
 pytest.importorskip("triton")
@@ -109,3 +110,28 @@ def test_a_stage_beyond_its_rows_gives_the_first_of_them(tmp_path):
         features, sites = expected[f"features.{name}"][:count], expected[f"sites.{name}"][:, :count]
         np.testing.assert_array_equal(found[f"sites.{name}"], sites)
         np.testing.assert_allclose(found[f"features.{name}"], features, atol=2e-3 * features.max(), rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_merged_stages_and_the_channel_of_active_cells_are_those_of_onnx(tmp_path, precision):
+    """64 channels and one: the map takes two programs of channels. Odd sizes: the last cells have no whole parents."""
+    rng = np.random.default_rng(5)
+    grid, path = (11, 21, 19), tmp_path / "layers.onnx"
+    path.write_bytes(backbone_model(merging_layers(rng), grid_zyx=grid, max_voxels=128).SerializeToString())
+    cells = clustered_cells(rng, grid, 60)
+    feed = padded(rng.normal(size=(60, 4)).astype(np.float32), cells, 128)
+    expected = open_session(path, digest=digest_of_file(path), threads=1).run(feed)
+    backbone = read_backbone(path)
+    statistics = frame_statistics(backbone, feed["coords"][:60], conv_rows=WIDE.conv_rows)
+    plan = plan_backbone(
+        backbone, frame=plain_frame(grid, 128), shapes=WIDE, precision=precision,
+        capacities={stage.name: 512 for stage in backbone.stages}, calibration=[statistics],
+    )  # fmt: skip
+    (run,) = interpret(plan, [feed]).runs
+    assert run.outputs["status"].tolist() == expected["status"].tolist() == list(statistics.counts.values())
+    found, wanted = run.outputs["bev"][0], expected["bev"][0]
+    assert found.shape == wanted.shape == (65, 11, 10)
+    np.testing.assert_array_equal(found[64], wanted[64])
+    assert 0 < wanted[64].sum() == statistics.counts["out"] < wanted[64].size
+    tolerance = {"fp32": 1e-5, "fp16": 2e-3}[precision]
+    np.testing.assert_allclose(found[:64], wanted[:64], atol=tolerance * wanted[:64].max(), rtol=0)

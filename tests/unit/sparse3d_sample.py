@@ -131,3 +131,17 @@ def bev_of(keys, features, grid):
     dense = np.zeros((features.shape[1], depth * height * width), features.dtype)
     dense[:, keys] = features.T
     return dense.reshape(1, -1, height, width)
+
+
+def merging_layers(rng):
+    """Three stages that are added up in the bird's-eye view and flat layers behind them, as VoxelNeXt has them."""
+    down = {"stride": (2, 2, 2), "padding": (1, 1, 1)}
+    flat = {"kernel": (1, 3, 3), "padding": (0, 1, 1)}
+    return [
+        layer(rng, "conv_input.0", 16, 4, key="a"),
+        layer(rng, "conv4.0", 24, 16, key="b", **down),
+        layer(rng, "conv5.0", 24, 24, key="c", **down),
+        layer(rng, "conv6.0", 24, 24, key="d", **down),
+        layer(rng, "conv_out.0", 40, 24, submanifold=False, key="out", **flat),
+        layer(rng, "shared_conv.0", 64, 40, key="shared", dead=0.5, **flat),
+    ]

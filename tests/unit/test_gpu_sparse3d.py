@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from run_sample import TINY, points_of
+from sparse3d_sample import backbone_of, clustered_cells, merging_layers, padded, plain_frame
 
 from benchmarks import gpu_sparse3d
 from benchmarks.gpu_sparse3d import PARTS, Machine, Session, machine_of, options_of, run, save
@@ -19,10 +20,12 @@ from benchmarks.sparse3d_gpu.stages import check_repeats, check_stages
 from dm3d_deploy.errors import EngineError
 from dm3d_deploy.pointcloud import PointCloud
 from engines.sparse3d.interpreter import PlanRun, interpret
+from engines.sparse3d.planner import plan_backbone
 from engines.sparse3d.shapes import WIDE
 
 MACHINE = Machine(name="NVIDIA Toy 9000", sm=87, driver="580.1", clocks="2000 MHz, 3000 MHz")
 SIDES = {"voxels": ("fp16", False, None), "points": ("fp32", True, 90)}
+PRECISION = {"merged": "fp32", **{name: precision for name, (precision, *_) in SIDES.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,23 @@ def case():
     return Case(model=TINY, kept=0.5, cloud=nearest(cloud, 300))
 
 
+def merged_evidence(folder):
+    """Of a small network that adds up stages, as VoxelNeXt does."""
+    rng, grid = np.random.default_rng(0), (11, 21, 19)
+    backbone, frame = backbone_of(merging_layers(rng), grid, 128, folder), plain_frame(grid, 128)
+    plan = plan_backbone(
+        backbone, frame=frame, capacities={stage.name: 512 for stage in backbone.stages}, precision="fp32",
+        shapes=WIDE, keep=every_array(backbone, frame, 512), count_tiles=True,
+    )  # fmt: skip
+    feed = padded(rng.normal(size=(60, 4)).astype(np.float32), clustered_cells(rng, grid, 60), 128)
+    return Evidence(backbone=backbone, plan=plan, feed=feed, run=interpret(plan, [feed]).runs[0])
+
+
 @pytest.fixture(scope="module")
-def evidence(case):
-    """One run of each side in the interpreter, and of the voxels in another order."""
+def evidence(case, tmp_path_factory):
+    """One run of each side in the interpreter, of the voxels in another order, and of stages that are added up."""
     pytest.importorskip("triton")
-    found = {}
+    found = {"merged": [merged_evidence(tmp_path_factory.mktemp("merged"))]}
     for name, (precision, points, room) in SIDES.items():
         plan = case.plan(precision, points=points, keep=every_array, room=room, shapes=WIDE)
         feed = case.feed(points=points)
@@ -46,7 +61,7 @@ def evidence(case):
 
 
 def checked(side, one):
-    return check_kernels(one, part="kernels", precision=SIDES[side][0])
+    return check_kernels(one, part="kernels", precision=PRECISION[side])
 
 
 def test_every_kernel_is_checked_and_right(evidence):
@@ -66,6 +81,7 @@ WRONG = {
         "conv2.0.0", "executed",
     ),
     "points": ("entry.keys", "entry.features", "entry.rings", "entry.limit", "entry.sums", "entry.members"),
+    "merged": ("merged.bits", "merged.sites", "merged.features", "conv5.0"),
 }  # fmt: skip
 
 

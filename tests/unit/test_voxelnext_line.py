@@ -10,6 +10,8 @@ from zoo_sample import small_cloud_points, variant_text
 from dm3d_deploy import build as builder
 from dm3d_deploy.evaluate import evaluate
 from dm3d_deploy.inspection import describe_path
+from dm3d_deploy.plan_facts import describe_plan_of_run
+from exporters.graph_files import safe_load
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +33,20 @@ def test_what_is_exported_computes_what_torch_computes(run):
     assert all(row["passed"] for row in parity), [row["worst"] for row in parity if not row["passed"]]
 
 
-def test_what_has_no_plan_is_said(run):
-    skipped = {
-        row["layer"]: row["reason"]
-        for row in json.loads((run / "engines/backbone3d/resources.json").read_text())["skipped"]
-    }
-    assert any(reason.startswith("VoxelNeXt adds up three stages") for reason in skipped.values())
-    assert "every cell of the map" in skipped["the head at active cells alone"]
+def test_its_plans_merge_stages_and_tell_active_cells(run):
+    pytest.importorskip("triton")
+    (skipped,) = json.loads((run / "engines/backbone3d/resources.json").read_text())["skipped"]
+    assert skipped["layer"] == "the head at active cells alone"
+    assert "every cell of the map" in skipped["reason"]
+    _, channels, height, width = safe_load(run / "onnx/bev_head.onnx").graph.input[0].type.tensor_type.shape.dim
+    for kind in ("plan", "points_plan"):
+        told = describe_plan_of_run(run, kind)
+        size = [1, channels.dim_value, height.dim_value, width.dim_value]
+        assert told["outputs"]["bev"] == f"fp16{size}"
+        assert told["launches_of"]["kernels_flat.bitmap_set_flat"] == 3
+        assert told["launches_of"]["kernels_flat.sum_flat"] == 1
+        assert told["capacities"]["merged"] % 64 == 0
+        assert [row["sm"] for row in told["images"]] == ["sm_87"]
 
 
 def test_it_is_evaluated_and_inspected(run, tmp_path):
