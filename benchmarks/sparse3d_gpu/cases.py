@@ -45,7 +45,7 @@ def detector_with(model: str | Path, kept: float) -> Detector:
                 cout, *kernel, cin = module.weight.shape
                 rows, columns = tile_size(cin, cout)
                 keep = rng.random((-(-cout // columns), *kernel, -(-cin // rows))) < kept
-                wide = np.repeat(np.repeat(keep, columns, axis=0)[:cout], rows, axis=4)[..., :cin]
+                wide = np.repeat(np.repeat(keep, columns, axis=0)[:cout], rows, axis=-1)[..., :cin]
                 module.weight *= torch.from_numpy(wide)
     return detector.eval()
 

@@ -22,6 +22,7 @@ from dm3d_deploy.pointcloud import PointCloud
 from engines.sparse3d.interpreter import PlanRun, interpret
 from engines.sparse3d.planner import plan_backbone
 from engines.sparse3d.shapes import WIDE
+from engines.sparse3d.sites import frame_statistics
 
 MACHINE = Machine(name="NVIDIA Toy 9000", sm=87, driver="580.1", clocks="2000 MHz, 3000 MHz")
 SIDES = {"voxels": ("fp16", False, None), "points": ("fp32", True, 90)}
@@ -39,11 +40,12 @@ def merged_evidence(folder):
     """Of a small network that adds up stages, as VoxelNeXt does."""
     rng, grid = np.random.default_rng(0), (11, 21, 19)
     backbone, frame = backbone_of(merging_layers(rng), grid, 128, folder), plain_frame(grid, 128)
+    feed = padded(rng.normal(size=(60, 4)).astype(np.float32), clustered_cells(rng, grid, 60), 128)
     plan = plan_backbone(
         backbone, frame=frame, capacities={stage.name: 512 for stage in backbone.stages}, precision="fp32",
         shapes=WIDE, keep=every_array(backbone, frame, 512), count_tiles=True,
+        calibration=[frame_statistics(backbone, feed["coords"][:60], conv_rows=WIDE.conv_rows)],
     )  # fmt: skip
-    feed = padded(rng.normal(size=(60, 4)).astype(np.float32), clustered_cells(rng, grid, 60), 128)
     return Evidence(backbone=backbone, plan=plan, feed=feed, run=interpret(plan, [feed]).runs[0])
 
 
@@ -141,6 +143,18 @@ def test_stages_are_held_against_torch_and_a_run_against_itself(case, evidence):
     altered = PlanRun(outputs={"bev": one.run.outputs["bev"] + 1}, kept={}, status=one.run.status)
     assert check_repeats([one.run, other.run, altered], part="stages").standing == "failed"
     assert check_repeats([one.run], part="stages").standing == "failed", "nothing was repeated"
+
+
+def test_the_channel_of_active_cells_is_part_of_the_map(evidence):
+    (one,) = evidence["merged"]
+    count, name = one.run.status["out"], one.backbone.layers[-1].name
+    reference = {name: (one.run.kept["out.sites"][:count], one.run.kept[name][:count])}
+    wrong = one.run.outputs["bev"].copy()
+    wrong[0, -1, 5, 5] = 1 - wrong[0, -1, 5, 5]
+    for bev, standing in ((one.run.outputs["bev"], "passed"), (wrong, "failed")):
+        left = replace(one.run, outputs={"bev": bev})
+        found = list(check_stages(one, one.plan, left, reference, part="stages", precision="fp32"))
+        assert [finding.standing for finding in found] == ["passed", standing, "passed"]
 
 
 def row(what, kept, mode, p50_ms, runs=1000):
