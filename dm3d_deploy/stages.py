@@ -45,6 +45,9 @@ FILES = {
     "engines_info": "engines/engines.json",
     "engine_layers": "engines/bev_head.rtx.engine.layers.json",
     "engine_log": "engines/bev_head.rtx.log",
+    "second_stage_engine": "engines/second_stage.rtx.engine",
+    "second_stage_engine_layers": "engines/second_stage.rtx.engine.layers.json",
+    "second_stage_engine_log": "engines/second_stage.rtx.log",
     "verification": "work/verification.json",
     "dense_detections": "detections/dense.json",
     "pruned_detections": "detections/pruned.json",
@@ -155,7 +158,10 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="engine", says="build engines", run="dm3d_deploy.steps.deploy:engine",
-        reads=("bev_head",), writes=("engines_info",), optional=("bev_head_engine", "engine_layers", "engine_log"),
+        reads=("model_config", "bev_head", "second_stage", "plan_info", "plan", "points_plan"),
+        writes=("engines_info",),
+        optional=("bev_head_engine", "engine_layers", "engine_log", "second_stage_engine",
+                  "second_stage_engine_layers", "second_stage_engine_log"),
         recipe=("device", "precision"), tools=("tensorrt-rtx",), reproducible=False,
     ),
     Stage(

@@ -1,4 +1,4 @@
-"""What TensorRT will see of an ONNX file's convolution weights: their type, and which of them are 2:4 sparse."""
+"""What TensorRT will see of the weights in an ONNX file: their type, and which of them are 2:4 sparse."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jaxtyping import Shaped
 from dm3d_deploy.errors import EngineError, UsageError, nearest
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
-_INPUT_AXIS = {"Conv": 1, "ConvTranspose": 0}
+_INPUT_AXIS = {"Conv": 1, "ConvTranspose": 0, "MatMul": 0}
 Kernel = tuple[str, Shaped[np.ndarray, "..."]]  # ONNX operator, its weight
 
 
 def kernels_of(onnx_path: Path) -> dict[str, Kernel]:
-    """Weight name -> (operator, array) of every convolution, through a DequantizeLinear where there is one.
+    """Weight name -> (operator, array) of every convolution and linear layer, also through a DequantizeLinear.
 
     EngineError for a file that is not ONNX, or one whose weights lie in other files.
     """
@@ -29,6 +29,8 @@ def kernels_of(onnx_path: Path) -> dict[str, Kernel]:
     except (OSError, DecodeError, ValueError) as error:
         raise EngineError(f"{onnx_path} cannot be read as ONNX: {error}.", fix="export it again") from None
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = [node for node in model.graph.node if node.op_type == "Constant"]
+    stored |= {node.output[0]: value.t for node in constants for value in node.attribute if value.name == "value"}
     outside = [name for name, tensor in stored.items() if tensor.data_location == onnx.TensorProto.EXTERNAL]
     if outside:
         raise EngineError(
@@ -53,13 +55,14 @@ def check_precision(onnx_path: Path, kernels: Mapping[str, Kernel], precision: s
     wanted = PRECISIONS[precision]
     if not types:
         raise EngineError(
-            f"{onnx_path} holds no convolution with stored weights: nothing shows that it is {precision}.",
-            fix="give the BEV and head graph of an export",
+            f"{onnx_path} holds no convolution or linear layer with stored weights: nothing shows that it is "
+            f"{precision}.",
+            fix="give the graph of a head that was exported",
         )
     other = sorted({kind for kind in types if kind != wanted})
     if other and (precision != "int8" or wanted not in types):  # an int8 graph may keep some layers in float
         raise EngineError(
-            f"{onnx_path} was to be built as {precision}, but its convolution weights are {', '.join(other)}.",
+            f"{onnx_path} was to be built as {precision}, but its weights are {', '.join(other)}.",
             fix=f"export the graph in {precision}: precision is a property of the file",
         )
 

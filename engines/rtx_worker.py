@@ -13,7 +13,9 @@ from typing import Any, TextIO
 
 
 def main() -> None:
-    """Serve one request: onnx, engine, log, answer (paths), targets (sm_NN names), sparse (flag)."""
+    """Serve one request: onnx, engine, log, answer (paths), targets (sm_NN names), sparse (flag), rows (least and most
+    of each open dimension by its name).
+    """
     request = json.load(sys.stdin)
     with Path(request["log"]).open("w", encoding="utf-8", buffering=1) as log:
         answer = _build(request, log)
@@ -41,11 +43,35 @@ def _build(request: dict[str, Any], log: TextIO) -> dict[str, Any]:
             return {"failed": f"the builder refused the compute capability {target}"}
     if request["sparse"]:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    unbounded = _bound(builder, network, config, request["rows"])
+    if unbounded:
+        return {"failed": f"the dimension {unbounded} of the graph has no bounds"}
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         return {"failed": "the builder made no engine"}
     Path(request["engine"]).write_bytes(plan)
     return {"version": trt.__version__}
+
+
+def _bound(builder: Any, network: Any, config: Any, rows: dict[str, list[int]]) -> str:
+    """Give every open dimension its bounds, tuned for the most; the name of one that has none, or nothing."""
+    profile, open_inputs = builder.create_optimization_profile(), 0
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        names = [tensor.get_dimension_name(axis) if size < 0 else "" for axis, size in enumerate(tensor.shape)]
+        for name in filter(None, names):
+            if name not in rows:
+                return name
+        if any(names):
+            open_inputs += 1
+            shapes = [
+                tuple(rows[name][end] if name else size for name, size in zip(names, tensor.shape, strict=True))
+                for end in (0, 1, 1)
+            ]
+            profile.set_shape(tensor.name, *shapes)
+    if open_inputs:
+        config.add_optimization_profile(profile)
+    return ""
 
 
 def _logger(trt: Any, log: TextIO) -> Any:

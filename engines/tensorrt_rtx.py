@@ -16,7 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dm3d_deploy.artifacts import Engine, artifact_of, digest_of_bytes, disk_errors, write_json, write_whole
@@ -30,6 +33,28 @@ BUILD_TIMEOUT_S = 900.0
 _LOG_LINE = re.compile(r"^\[(VERBOSE|INFO|WARNING|ERROR|INTERNAL_ERROR)\] ", re.MULTILINE)
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), (?P<rest>.*)$", re.MULTILINE)
 _FRAMING = ("--- Begin node ---", "--- End node ---", "While parsing node number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRows:
+    """How many rows an open dimension has, at least and at most, and where the most comes from.
+
+    The engine is tuned for the most: it is the fullest frame that has to be in time.
+    """
+
+    least: int
+    most: int
+    source: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.most:
+            raise UsageError(
+                f"an open dimension cannot have {self.least} to {self.most} rows.",
+                fix="give 1 or more, the least first",
+            )
+
+
+NO_ROWS: Mapping[str, OpenRows] = MappingProxyType({})
 
 
 def rtx_missing() -> MissingDependency | None:
@@ -55,12 +80,14 @@ def build_rtx_engine(
     targets: tuple[str, ...],
     precision: str,
     log_path: str,
+    rows: Mapping[str, OpenRows] = NO_ROWS,
     timeout_s: float = BUILD_TIMEOUT_S,
 ) -> Engine:
     """Build one engine for all `targets` ("sm_89", ...) in a child process and write it whole.
 
     `engine_path` and `log_path` are relative to `root`. `<engine_path>.layers.json` beside the engine holds the layer
     list of the build log. `precision` ("fp16", "fp32" or "int8") is that of the graph: it is checked, never converted.
+    `rows` bounds the graph's open dimensions by their names: a graph with others is refused.
     MissingDependency where TensorRT-RTX is absent, UsageError for a target it does not know, EngineError otherwise.
     """
     missing = rtx_missing()
@@ -74,7 +101,10 @@ def build_rtx_engine(
     log = root / log_path
     with disk_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-    request = {"onnx": str(onnx_path.resolve()), "log": str(log.resolve()), "targets": targets, "sparse": bool(sparse)}
+    request = {
+        "onnx": str(onnx_path.resolve()), "log": str(log.resolve()), "targets": targets, "sparse": bool(sparse),
+        "rows": {name: (bound.least, bound.most) for name, bound in rows.items()},
+    }  # fmt: skip
     built: dict[str, Any] = {}
 
     def write(partial: Path) -> None:
@@ -84,19 +114,16 @@ def build_rtx_engine(
             raise EngineError(f"the build log {log} holds no layer list.", fix="report it with the log")
 
     write_whole(root / engine_path, write)
-    write_json(root / (engine_path + ".layers.json"), _layer_report(built, targets, sparse))
+    write_json(root / (engine_path + ".layers.json"), _layer_report(built, targets, sparse, rows))
     return Engine(
-        artifact=artifact_of(root, engine_path, "engine"),
-        backend=BACKEND,
-        version=str(built["version"]),
-        built_for=targets,
-        precision=precision,
-        layers=len(built["layers"]),
-        ran_here=False,
-    )
+        artifact=artifact_of(root, engine_path, "engine"), backend=BACKEND, version=str(built["version"]),
+        built_for=targets, precision=precision, layers=len(built["layers"]), ran_here=False,
+    )  # fmt: skip
 
 
-def _layer_report(built: dict[str, Any], targets: tuple[str, ...], sparse: list[str]) -> dict[str, Any]:
+def _layer_report(
+    built: dict[str, Any], targets: tuple[str, ...], sparse: list[str], bounds: Mapping[str, OpenRows]
+) -> dict[str, Any]:
     return {
         "backend": BACKEND,
         "version": built["version"],
@@ -106,6 +133,7 @@ def _layer_report(built: dict[str, Any], targets: tuple[str, ...], sparse: list[
         "two_four_weights": sparse,
         "sparse_weights_flag": bool(sparse),
         "sparse_note": SPARSE_NOTE,
+        "rows": {name: asdict(bound) for name, bound in bounds.items()},
     }
 
 

@@ -217,6 +217,7 @@ SCHEMA: dict[str, Any] = {
             "sha256": SHA256,
             "bytes": COUNT,
             "standing": WORDS,
+            "rows": ListOf({"dimension": WORDS, "least": COUNT, "most": COUNT, "source": WORDS}),
             "sparsity": Nullable(
                 {"legal": COUNT, "eligible": Nullable(COUNT), "chosen": Nullable(COUNT), "note": TEXT}
             ),

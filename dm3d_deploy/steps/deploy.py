@@ -93,7 +93,7 @@ def _row(kind: str, graph: Graph) -> dict[str, Any]:
 
 
 def engine(run: RunContext) -> None:
-    """Build an engine of each dense graph for every target that can be built for here; say what was left out and why."""
+    """Build an engine of each dense graph for all targets that can be built for here; say what was left out and why."""
     from engines.tensorrt_rtx import build_rtx_engine, rtx_missing
 
     devices = devices_from(run.recipe.device)

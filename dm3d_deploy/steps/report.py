@@ -21,7 +21,7 @@ from dm3d_deploy.reporting.detection_files import read_detections
 from dm3d_deploy.reporting.facts import machine_from_stamp, verdict_sentence
 from dm3d_deploy.reporting.render import render_html
 from dm3d_deploy.reporting.schema import SCHEMA_VERSION, validate_report
-from dm3d_deploy.stages import STAGES, RunContext
+from dm3d_deploy.stages import FILES, STAGES, RunContext
 from dm3d_deploy.steps.deploy import shown_cloud
 from dm3d_deploy.steps.layers import PARTS_OF_SCOPE
 

@@ -149,6 +149,7 @@ def _engines() -> list[dict[str, Any]]:
             "layers": 44,
             "sha256": "3c" * 32,
             "bytes": 12_640_212,
+            "rows": [{"dimension": "rows_of_places", "least": 216, "most": 21_600, "source": "the configuration"}],
             "sparsity": {"legal": 11, "eligible": 0, "chosen": 0, "note": note},
         },
         {
@@ -158,6 +159,7 @@ def _engines() -> list[dict[str, Any]]:
             "layers": 61,
             "sha256": "a1" * 32,
             "bytes": 25_071_334,
+            "rows": [],
             "sparsity": None,
         },
     ]

@@ -231,7 +231,7 @@ def test_precision_is_a_property_of_the_file(onnx_path: Path, tmp_path: Path) ->
             check_precision(onnx_path, kernels, wrong)
     with pytest.raises(UsageError, match=r"'fp61' is unknown.*did you mean 'fp16'"):
         check_precision(onnx_path, kernels, "fp61")
-    with pytest.raises(EngineError, match="no convolution with stored weights"):
+    with pytest.raises(EngineError, match="no convolution or linear layer with stored weights"):
         check_precision(onnx_path, {}, "fp16")
 
 

@@ -1,19 +1,23 @@
 """The detectors with two stages in small: torch against the deployed graphs, batches, a whole build, refusals."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from run_sample import tiny_recipe
+from plan_sample import sample_plan
+from run_sample import Noted, tiny_recipe
 from test_pcdet_live import EasyDict, SECONDNet
 from two_stage_sample import VARIANTS, deployed_from, variant, variant_text
 from zoo_sample import small_cloud_points
 
 from calib.gradients import sketch_gradients
+from calib.pool import FramePool
 from dm3d_deploy import build as builder
 from dm3d_deploy.api import detector_from_pcdet
+from dm3d_deploy.artifacts import Artifact, Engine
 from dm3d_deploy.config import load_config
 from dm3d_deploy.detect import load_run
 from dm3d_deploy.detect_in_torch import detect_in_torch
@@ -37,8 +41,12 @@ from dm3d_deploy.pruning.estimate import estimated_profile
 from dm3d_deploy.pruning.groups import channel_groups
 from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import native_from_taps, taps_from_native
+from dm3d_deploy.stages import RunContext
+from dm3d_deploy.steps import deploy
 from dm3d_deploy.steps.layers import layers_of
+from dm3d_deploy.steps.open_rows import second_stage_rows
 from dm3d_deploy.training.loop import check_trainable
+from engines.tensorrt_rtx import OpenRows, build_rtx_engine, rtx_missing
 from exporters.graph_checks import check_graph
 from exporters.graph_files import interface, safe_load
 from exporters.second_stage import export_second_stage
@@ -248,6 +256,95 @@ def test_the_plans_of_a_run_give_out_what_the_second_stage_reads(run):
         assert told["outputs"]["sites.x_conv4"] == f"i64[3, {told['capacities']['stage4_down']}]"
         assert told["launches_of"]["kernels_conv.give_rows"] == len(told["meta"]["given"]) == 4
         assert [row["sm"] for row in told["images"]] == ["sm_87"]
+
+
+@pytest.fixture
+def rtx():
+    if rtx_missing() is not None:
+        pytest.skip(str(rtx_missing()))
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("rtx")
+def test_an_engine_of_the_second_stage_takes_what_the_plan_gives_out(run, tmp_path):
+    root = shutil.copytree(run, tmp_path / "run")
+    builder.rerun(root, ("engine", "report"), changes={"device": "rtx4090"})
+    report = json.loads((root / "report.json").read_text())
+    head, second = report["engines"]
+    assert (head["path"], head["rows"]) == ("engines/bev_head.rtx.engine", [])
+    assert (second["path"], second["precision"]) == ("engines/second_stage.rtx.engine", "fp32")
+    assert (second["built_for"], second["standing"], second["sparsity"]) == (["sm_89"], "built, not run here", None)
+    rooms = describe_plan_of_run(run)["capacities"]
+    points = describe_plan_of_run(run, "points_plan")["inputs"]["points"]
+    told = {row["dimension"]: (row["least"], row["most"]) for row in second["rows"]}
+    assert told == {
+        "rows_of_places": (8, 12 * 8),  # 12 RoIs of two places a side
+        **{f"rows_of_x_conv{n}": (1, rooms[f"stage{n}_down"]) for n in (2, 3, 4)},
+        "rows_of_x_conv1": (1, 4000),
+        "rows_of_raw_points": (1, int(points.split("[")[1].split(",")[0])),
+    }
+    sources = {row["source"] for row in second["rows"]}
+    assert "NMS_POST_MAXSIZE 12 x GRID_SIZE 2 ^ 3 of the configuration" in sources
+    assert {"capacity of x_conv4 in the 3D plan", "points that the 3D plan from points takes"} < sources
+    listed = json.loads((root / "engines" / "second_stage.rtx.engine.layers.json").read_text())
+    nodes = safe_load(root / "onnx" / "second_stage.onnx").graph.node
+    products = {f"node_of_{node.output[0]}" for node in nodes if node.op_type == "MatMul"}
+    done = {node for layer in listed["layers"] for node in layer["onnx_nodes"]}
+    assert len(products) > 20
+    assert products <= done <= {f"node_of_{node.output[0]}" for node in nodes}
+    assert listed["rows"]["rows_of_places"]["most"] == 96
+    assert not [row for row in report["skipped"] if row["layer"].startswith("engine of")]
+    page = (root / "report.html").read_text()
+    assert "8 to 96 rows_of_places (NMS_POST_MAXSIZE 12 x GRID_SIZE 2 ^ 3 of the configuration)" in page
+
+
+def test_no_plan_says_no_rows_and_the_report_says_so(run, tmp_path, monkeypatch):
+    root = shutil.copytree(run, tmp_path / "run")
+    path = root / "engines" / "backbone3d" / "resources.json"
+    info = json.loads(path.read_text())
+    info["skipped"].append({"layer": "3D plan from points", "reason": "it cannot be"})
+    path.write_text(json.dumps(info))
+    made, watch = [], Noted()
+
+    def build_nothing(onnx_path, engine_path, **given):
+        made.append(engine_path)
+        artifact = Artifact(path=engine_path, kind="engine", digest="0" * 64, bytes=1)
+        return Engine(
+            artifact=artifact, backend="x", version="1", built_for=given["targets"], precision="fp16", layers=1,
+            ran_here=False,
+        )  # fmt: skip
+
+    monkeypatch.setattr("engines.tensorrt_rtx.rtx_missing", lambda: None)
+    monkeypatch.setattr("engines.tensorrt_rtx.build_rtx_engine", build_nothing)
+    recipe = tiny_recipe(tmp_path, device="rtx4090")
+    with FramePool() as pool:
+        deploy.engine(RunContext(root=root, recipe=recipe, watch=watch, pool=pool))
+    assert made == ["engines/bev_head.rtx.engine"]
+    reason = "a 3D plan from points would say how many rows it reads, and there is none; ONNX Runtime runs the graph"
+    skipped = json.loads((root / "engines" / "engines.json").read_text())["skipped"]
+    assert skipped == [{"layer": "engine of the second stage", "reason": reason}]
+    assert watch.notes == [f"no engine of the second stage: {reason}"]
+
+
+@pytest.mark.tensorrt
+@pytest.mark.usefixtures("rtx")
+def test_a_dimension_without_bounds_is_refused(tmp_path):
+    export_second_stage(built("voxel-rcnn"), tmp_path / "second.onnx")
+    bounds = {"rows_of_x_conv2": OpenRows(least=1, most=100, source="a test")}
+    with pytest.raises(EngineError, match="the dimension rows_of_x_conv3 of the graph has no bounds"):
+        build_rtx_engine(
+            tmp_path / "second.onnx", "second.engine", root=tmp_path, targets=("sm_89",), precision="fp32",
+            log_path="second.log", rows=bounds,
+        )  # fmt: skip
+    assert not (tmp_path / "second.engine").exists()
+    for least, most in ((0, 5), (6, 5)):
+        with pytest.raises(UsageError, match=f"an open dimension cannot have {least} to {most} rows"):
+            OpenRows(least=least, most=most, source="a test")
+
+
+def test_a_plan_of_another_backbone_says_no_rows():
+    with pytest.raises(InternalError, match=r"the plan has no 'features.x_conv2' among "):
+        second_stage_rows(variant("voxel-rcnn"), {"plan": sample_plan()})
 
 
 def test_a_run_detects_and_prunes_its_second_stage(run):
