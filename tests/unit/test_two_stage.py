@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from plan_sample import sample_plan
 from run_sample import Noted, tiny_recipe
 from test_pcdet_live import EasyDict, SECONDNet
 from two_stage_sample import VARIANTS, deployed_from, variant, variant_text
@@ -44,9 +43,8 @@ from dm3d_deploy.pruning.patterns import native_from_taps, taps_from_native
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps import deploy
 from dm3d_deploy.steps.layers import layers_of
-from dm3d_deploy.steps.open_rows import second_stage_rows
 from dm3d_deploy.training.loop import check_trainable
-from engines.tensorrt_rtx import OpenRows, build_rtx_engine, rtx_missing
+from engines.tensorrt_rtx import rtx_missing
 from exporters.graph_checks import check_graph
 from exporters.graph_files import interface, safe_load
 from exporters.second_stage import export_second_stage
@@ -324,27 +322,6 @@ def test_no_plan_says_no_rows_and_the_report_says_so(run, tmp_path, monkeypatch)
     skipped = json.loads((root / "engines" / "engines.json").read_text())["skipped"]
     assert skipped == [{"layer": "engine of the second stage", "reason": reason}]
     assert watch.notes == [f"no engine of the second stage: {reason}"]
-
-
-@pytest.mark.tensorrt
-@pytest.mark.usefixtures("rtx")
-def test_a_dimension_without_bounds_is_refused(tmp_path):
-    export_second_stage(built("voxel-rcnn"), tmp_path / "second.onnx")
-    bounds = {"rows_of_x_conv2": OpenRows(least=1, most=100, source="a test")}
-    with pytest.raises(EngineError, match="the dimension rows_of_x_conv3 of the graph has no bounds"):
-        build_rtx_engine(
-            tmp_path / "second.onnx", "second.engine", root=tmp_path, targets=("sm_89",), precision="fp32",
-            log_path="second.log", rows=bounds,
-        )  # fmt: skip
-    assert not (tmp_path / "second.engine").exists()
-    for least, most in ((0, 5), (6, 5)):
-        with pytest.raises(UsageError, match=f"an open dimension cannot have {least} to {most} rows"):
-            OpenRows(least=least, most=most, source="a test")
-
-
-def test_a_plan_of_another_backbone_says_no_rows():
-    with pytest.raises(InternalError, match=r"the plan has no 'features.x_conv2' among "):
-        second_stage_rows(variant("voxel-rcnn"), {"plan": sample_plan()})
 
 
 def test_a_run_detects_and_prunes_its_second_stage(run):
