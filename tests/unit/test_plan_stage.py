@@ -91,10 +91,10 @@ def test_the_margin_and_the_rows_of_single_stages_can_be_set(run_copy, tiny_fram
     assert (points.inputs[0].shape[0], points_before) == (9000, 1500 * 5 // 4)
 
 
-def test_another_room_repeats_the_plan_and_the_report_alone(run_copy, tiny_frames):
+def test_another_room_repeats_the_plan_the_engines_and_the_report_alone(run_copy, tiny_frames):
     watch = Noted()
     builder.build(tiny_recipe(tiny_frames, capacity_margin=1.5, capacities="out=128"), run_copy, watch=watch)
-    assert watch.ran == ["plan", "report"]
+    assert watch.ran == ["plan", "engine", "report"]
     assert read_plan(run_copy / PLAN).capacities["out"] == 128
     command = json.loads((run_copy / FILES["report"]).read_text())["command"]
     assert "capacity_margin=1.5, capacities='out=128'" in command
