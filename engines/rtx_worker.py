@@ -58,7 +58,7 @@ def _bound(builder: Any, network: Any, config: Any, rows: dict[str, list[int]]) 
     profile, open_inputs = builder.create_optimization_profile(), 0
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        names = [tensor.get_dimension_name(axis) if size < 0 else "" for axis, size in enumerate(tensor.shape)]
+        names = [str(tensor.get_dimension_name(axis)) if size < 0 else "" for axis, size in enumerate(tensor.shape)]
         for name in filter(None, names):
             if name not in rows:
                 return name
