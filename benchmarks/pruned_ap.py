@@ -19,7 +19,7 @@ from typing import Any
 
 from calib.held_out import FIRST_SCORE_SEED
 from calib.pool import FramePool
-from dm3d_deploy.artifacts import digest_of_file, write_bytes
+from dm3d_deploy.artifacts import digest_of_file, write_bytes, write_json
 from dm3d_deploy.build import build, source_digest, tool_versions
 from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.device import stamp_here
@@ -45,17 +45,24 @@ class Variant:
 
 
 def variants_of(root: Path, fields: Mapping[str, Any], targets: Sequence[float], kinds: Sequence[str]) -> list[Variant]:
-    """Build up to the recovery once for each target and recovery, in one folder: what they share is done once."""
-    run, found = root / "run", []
+    """Build up to the recovery once for each target and recovery, in one folder: what they share is done once.
+
+    What an earlier call left there, of the same recipe and sources, is not done again.
+    """
+    run, dense, found = root / "run", root / "dense.safetensors", []
     for target in targets:
         for kind in kinds:
-            build(recipe_from_mapping({**fields, "target": target, "recover": kind}), run, last="recover")
-            weights = root / f"{target:g}-{kind}.safetensors"
-            shutil.copyfile(run / "weights" / "pruned.safetensors", weights)
-            found.append(Variant(kept=f"{target:g}", recovery=kind, steps=steps_of(run), weights=weights))
+            recipe = {**fields, "target": target, "recover": kind}
+            weights, told = (root / f"{target:g}-{kind}.{suffix}" for suffix in ("safetensors", "json"))
+            key = {"recipe": recipe, "sources": source_digest()}
+            if not told.is_file() or json.loads(told.read_text(encoding="utf-8"))["key"] != key:
+                build(recipe_from_mapping(recipe), run, last="recover")
+                shutil.copyfile(run / "weights" / "dense.safetensors", dense)
+                shutil.copyfile(run / "weights" / "pruned.safetensors", weights)
+                write_json(told, {"key": key, "steps": list(steps_of(run))})
+            steps = tuple(json.loads(told.read_text(encoding="utf-8"))["steps"])
+            found.append(Variant(kept=f"{target:g}", recovery=kind, steps=steps, weights=weights))
             say(f"built {target:g} {kind}")
-    dense = root / "dense.safetensors"
-    shutil.copyfile(run / "weights" / "dense.safetensors", dense)
     return [Variant(kept="1", recovery=DENSE, steps=(), weights=dense), *found]
 
 

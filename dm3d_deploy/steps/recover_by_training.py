@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from dm3d_deploy.training.batch import Batch, BatchSource
     from dm3d_deploy.training.loop import TrainSettings
 
+# Adam's steps do not shrink with the gradient, and behind a refit little is left to learn: ten times this undid the
+# refit of centerpoint at 0.3 (distortion .0045 to .036 in 400 steps).
+DISTILL_RATE = 2e-5
 CROPS = 2
 JUDGING = 8  # batches
 JUDGE = 1  # the rank whose scenes no training in one process draws
@@ -39,7 +42,7 @@ def distilled(run: RunContext, weights: Path, advanced: Callable[[int], None]) -
     student, teacher = _detector(config, weights), _detector(config, run.path("dense_weights"))
     batches, masks = _told(_unlabelled(run.recipe, config), advanced, run), load_file(run.path("masks"))
     with _alone(run) as folder:
-        distil(student, teacher, batches, _settings(run), out=folder, masks=masks)
+        distil(student, teacher, batches, _settings(run, DISTILL_RATE), out=folder, masks=masks)
     return _state(student, masks)
 
 
@@ -59,8 +62,9 @@ def fine_tuned(
     with _alone(run) as folder:
         before = _losses(detector, judging)
         train_detector(
-            detector, _told(teaching, advanced, run), _settings(run), out=folder, after_step=zeros_held(detector, masks)
-        )
+            detector, _told(teaching, advanced, run), _settings(run, PEAK_RATE * MASKED_SHARE), out=folder,
+            after_step=zeros_held(detector, masks),
+        )  # fmt: skip
         after = _losses(detector, judging)
     return _state(detector, masks), before, after
 
@@ -74,11 +78,11 @@ def _detector(config: DetectorConfig, weights: Path) -> Detector:
     return detector
 
 
-def _settings(run: RunContext) -> TrainSettings:
+def _settings(run: RunContext, peak_rate: float) -> TrainSettings:
     from dm3d_deploy.training.loop import TrainSettings
     from dm3d_deploy.training.schedule import OneCycle
 
-    cycle = OneCycle(peak_rate=PEAK_RATE * MASKED_SHARE)
+    cycle = OneCycle(peak_rate=peak_rate)
     return TrainSettings(steps=run.recipe.recover_steps, cycle=cycle, half_2d=False, frozen_norms=True)
 
 

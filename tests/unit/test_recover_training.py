@@ -62,7 +62,7 @@ def test_distillation_is_tried_behind_the_reconstruction_and_judged(tiny_frames,
 def test_steps_that_move_no_weight_leave_the_distortion(tiny_frames, tmp_path, monkeypatch):
     """What is judged is what was trained, in whatever order of memory the training left it."""
     monkeypatch.setattr(training_frames, "SimulatedCrops", Crops)
-    monkeypatch.setattr(recover_by_training, "PEAK_RATE", 1e-9)
+    monkeypatch.setattr(recover_by_training, "DISTILL_RATE", 1e-9)
     build(tiny_recipe(tiny_frames, recover="distill", recover_steps=2), tmp_path, last="recover")
     told = json.loads((tmp_path / "work" / "recovery.json").read_text())["steps"][1]
     assert told["after"] == pytest.approx(told["before"], rel=1e-3)
