@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import pytest
 from run_sample import tiny_recipe, write_frames
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Ctrl-C as a terminal gives it: what a script runs behind itself is born deaf to it, and so are its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
