@@ -21,12 +21,13 @@ from dm3d_deploy.evaluation.rows import ALL
 from dm3d_deploy.evaluation.variants import EVERY_MEAN, VULNERABLE_MEAN
 from dm3d_deploy.held_out_score import Scenes
 from dm3d_deploy.pointcloud import Detections
+from dm3d_deploy.stages import FILES
 
 
 def variants_of(sweep: Path) -> list[Variant]:
     """The dense weights and the points of a sweep, larger budgets first, DM3D first in each."""
     found = []
-    for run in sweep.glob("*/work/recovery.json"):
+    for run in sweep.glob(f"*/{FILES['recovery']}"):
         folder = run.parents[1]
         method, _, target = folder.name.rpartition("-")
         found.append(
