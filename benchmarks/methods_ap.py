@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.baselines import OURS
 from benchmarks.pruned_ap import DENSE, Variant, cell, detected, page, rows_of, steps_of, table
+from benchmarks.stamped import leave
 from calib.held_out import FIRST_SCORE_SEED
-from dm3d_deploy.artifacts import write_bytes
 from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.evaluation.rows import ALL
 from dm3d_deploy.evaluation.variants import EVERY_MEAN, VULNERABLE_MEAN
@@ -80,11 +80,7 @@ def main() -> None:
         "",
         against_ours(scenes, found, variants, config),
     ]
-    text = page(scenes.words, variants, "\n".join(tables), "methods_ap")
-    if options.out is None:
-        print(text)
-    else:
-        write_bytes(options.out, text.encode())
+    leave(page(scenes.words, variants, "\n".join(tables), "methods_ap"), options.out)
 
 
 if __name__ == "__main__":

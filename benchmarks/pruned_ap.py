@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stamped import leave
 from calib.held_out import FIRST_SCORE_SEED
 from calib.pool import FramePool
-from dm3d_deploy.artifacts import digest_of_file, write_bytes, write_json
+from dm3d_deploy.artifacts import digest_of_file, write_json
 from dm3d_deploy.build import build, source_digest, tool_versions
 from dm3d_deploy.config import DetectorConfig, load_config
 from dm3d_deploy.device import stamp_here
@@ -135,25 +136,22 @@ def cell(row: VariantRow, variant: str) -> str:
     return f"{text} ({change.points:+.1f}{sure})"
 
 
-def page(words: str, variants: Sequence[Variant], tables: str, module: str = "pruned_ap") -> str:
+def page(words: str, variants: Sequence[Variant], tables: str, module: str = "pruned_ap") -> list[str]:
     """The tables with what they were measured on, by which command, which code and which weights."""
     stamp = stamp_here().as_json()
     tools = ", ".join(f"{name} {version}" for name, version in tool_versions(("torch", "numpy")).items())
-    return "\n".join(
-        [
-            f"`{shlex.join(['python', '-m', f'benchmarks.{module}', *sys.argv[1:]])}`",
-            "",
-            f"AP in percent ({MEASURE}) on {words}: simulated, no sensor recorded them. In brackets the change from",
-            "dense in points and its 95 % interval, 1,000 resamples of whole frames, both detectors alike; beside a",
-            "class its number of objects. The detector runs in torch in 32-bit floats.",
-            "",
-            tables,
-            "",
-            f"Dense weights {digest_of_file(variants[0].weights)[:12]}, code {source_digest()[:12]}, {tools}; "
-            f"{stamp['cpu']}, {stamp['cores_usable']} of {stamp['cores']} cores.",
-            "",
-        ]
-    )
+    return [
+        f"`{shlex.join(['python', '-m', f'benchmarks.{module}', *sys.argv[1:]])}`",
+        "",
+        f"AP in percent ({MEASURE}) on {words}: simulated, no sensor recorded them. In brackets the change from",
+        "dense in points and its 95 % interval, 1,000 resamples of whole frames, both detectors alike; beside a",
+        "class its number of objects. The detector runs in torch in 32-bit floats.",
+        "",
+        tables,
+        "",
+        f"Dense weights {digest_of_file(variants[0].weights)[:12]}, code {source_digest()[:12]}, {tools}; "
+        f"{stamp['cpu']}, {stamp['cores_usable']} of {stamp['cores']} cores.",
+    ]
 
 
 def fields_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -187,11 +185,8 @@ def main() -> None:
         variants = variants_of(root, fields_of(options), targets, options.recover.split(","))
         config = load_config(options.model)
         scenes, found = detected(root, config, variants, options.frames, options.seed)
-        text = page(scenes.words, variants, table(variants, rows_of(scenes, found, config)))
-    if options.out is None:
-        print(text)
-    else:
-        write_bytes(options.out, text.encode())
+        lines = page(scenes.words, variants, table(variants, rows_of(scenes, found, config)))
+    leave(lines, options.out)
 
 
 if __name__ == "__main__":
