@@ -9,7 +9,7 @@ from dm3d_deploy.pointcloud import Boxes3D
 
 CORNER_ALONG, CORNER_ACROSS = np.array([[1.0, -1.0, -1.0, 1.0], [1.0, 1.0, -1.0, -1.0]])[:, :, None]
 NEXT_CORNER = [1, 2, 3, 0]
-CACHED_PAIRS = 8192  # pairs whose intermediate values fit a core's cache
+CACHED_PAIRS = 1024  # pairs whose intermediate values fit a core's cache
 SWEEP_ROWS = 256  # bounds the memory of a sweep in which every box is near every other
 
 
@@ -44,9 +44,14 @@ def corners_bev(bev: Float64[np.ndarray, "boxes 5"]) -> Float64[np.ndarray, "box
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """`part / whole` within [0, 1]; 0 where `whole` is 0."""
-    ratio = np.divide(part, whole, out=np.zeros_like(part), where=whole != 0)
-    clipped: np.ndarray = np.clip(ratio, 0.0, 1.0)
-    return clipped
+    ratio = part / np.where(whole == 0, np.inf, whole)
+    return _clamp(ratio, 0.0, 1.0)
+
+
+def _clamp(value: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
+    """`np.clip` in two steps, which numpy does many values at a time."""
+    clamped: np.ndarray = np.minimum(np.maximum(value, low), high)
+    return clamped
 
 
 def intersection_bev(
@@ -75,10 +80,11 @@ def _shared_area(a: Float64[np.ndarray, "5 pairs"], b: Float64[np.ndarray, "5 pa
     x1, y1 = x0[NEXT_CORNER], y0[NEXT_CORNER]
     half_x, half_y = a[2] / 2, a[3] / 2
 
-    left, right = np.clip(x0, -half_x, half_x), np.clip(x1, -half_x, half_x)
+    left = _clamp(x0, -half_x, half_x)
+    right = left[NEXT_CORNER]
     width, rise = x1 - x0, y1 - y0
     y_left, y_right = y0 + _share(left - x0, width) * rise, y1 - _share(x1 - right, width) * rise
-    low, high = np.clip(y_left, -half_y, half_y), np.clip(y_right, -half_y, half_y)
+    low, high = _clamp(y_left, -half_y, half_y), _clamp(y_right, -half_y, half_y)
     rise = y_right - y_left
     before, after = _share(low - y_left, rise), _share(y_right - high, rise)
     mean = before * low + (1 - before - after) * (low + high) / 2 + after * high
@@ -96,24 +102,24 @@ def iou_bev_pairs(
 
 
 def near_pairs(
-    a: Float64[np.ndarray, "rows 5"], b: Float64[np.ndarray, "columns 5"]
+    a: Float64[np.ndarray, "rows 5"], b: Float64[np.ndarray, "columns 5"], scale: float = 1.0
 ) -> tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray, " pairs"]]:
-    """Row and column of every pair whose circumscribed circles meet, rows ascending."""
-    radius_a, radius_b = np.hypot(a[:, 2], a[:, 3]) / 2, np.hypot(b[:, 2], b[:, 3]) / 2
+    """Row and column of every pair whose circumscribed circles, `scale` times as wide, meet; rows ascending."""
+    radius_a, radius_b = (np.hypot(bev[:, 2], bev[:, 3]) * (scale / 2) for bev in (a, b))
     order = np.argsort(b[:, 0], kind="stable")
-    x = b[order, 0]
+    x, y, radius = b[order, 0], b[order, 1], radius_b[order]
     reach = radius_a + radius_b.max(initial=0.0)
     first, last = np.searchsorted(x, a[:, 0] - reach), np.searchsorted(x, a[:, 0] + reach, side="right")
     rows, columns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for start in range(0, len(a), SWEEP_ROWS):
         part = slice(start, start + SWEEP_ROWS)
         count = last[part] - first[part]
-        row = np.repeat(np.arange(start, start + len(count)), count)
-        column = order[np.arange(len(row)) + np.repeat(first[part] - np.cumsum(count) + count, count)]
-        squared = np.square(a[row, 0] - b[column, 0]) + np.square(a[row, 1] - b[column, 1])
-        near = squared <= np.square(radius_a[row] + radius_b[column])
-        rows.append(row[near])
-        columns.append(column[near])
+        place = np.arange(count.sum()) + np.repeat(first[part] - np.cumsum(count) + count, count)
+        dx, dy = x[place] - np.repeat(a[part, 0], count), y[place] - np.repeat(a[part, 1], count)
+        within = np.square(radius[place] + np.repeat(radius_a[part], count))
+        near = np.flatnonzero(np.square(dx) + np.square(dy) <= within)
+        rows.append(np.repeat(np.arange(start, start + len(count)), count)[near])
+        columns.append(order[place[near]])
     return np.concatenate(rows), np.concatenate(columns)
 
 

@@ -9,9 +9,10 @@ from dm3d_deploy.errors import InternalError
 from dm3d_deploy.geometry.boxes import bev_from_boxes, iou_bev_pairs, near_pairs
 from dm3d_deploy.pointcloud import Boxes3D
 
-FIRST_BLOCK, LARGEST_BLOCK = 32, 1024  # boxes whose overlaps with all later ones are computed at once
+WINDOW = 1024  # boxes looked at before worse ones: often as many as are asked for stay among them
+FIRST_BLOCK, GROWTH = 8, 4  # boxes whose overlaps with the window are computed at once: in a pile few of them stay
+BLOCK_PAIRS = 8192  # near pairs that a block should have: more are spent on boxes already removed, fewer on blocks
 ROUNDING = 1e-9  # of a bound that is computed another way than what it bounds
-BLOCK_PAIRS = 16_384  # what a block should compute: more is spent on boxes already removed, less on starting blocks
 
 
 def order_by_score(scores: Float32[np.ndarray, " boxes"]) -> Int64[np.ndarray, " boxes"]:
@@ -33,51 +34,74 @@ def rotated_nms(
         raise InternalError("boxes or scores handed to rotated_nms are not finite")
     order = order_by_score(scores)[:pre]
     bev = bev[order]
-    kept: list[int] = []
-    waiting = np.arange(len(order))
-    block = FIRST_BLOCK
-    while len(waiting) and len(kept) < post:
-        block = min(block, len(waiting))
-        removed = np.zeros(len(waiting), dtype=bool)
-        row, column, computed = _overlapping(bev[waiting], block, threshold)
-        ends = np.searchsorted(row, np.arange(block + 1))
-        for i in range(block):
-            if not removed[i]:
-                kept.append(int(waiting[i]))
-                removed[column[ends[i] : ends[i + 1]]] = True
-        removed[:block] = True
-        waiting = waiting[~removed]
-        block = min(max(block * BLOCK_PAIRS // max(computed, 1), 1), 4 * block, LARGEST_BLOCK)
-    chosen: np.ndarray = order[np.array(kept[:post], dtype=np.int64)]
+    kept = np.empty(0, dtype=np.int64)
+    for start in range(0, len(bev), WINDOW):
+        waiting = np.arange(start, min(start + WINDOW, len(bev)))
+        earlier, block = kept, FIRST_BLOCK
+        while len(waiting) and len(kept) < post:
+            rows = earlier[:block] if len(earlier) else waiting[:block]
+            row, column, near = _overlapping(bev, rows, waiting, threshold)
+            if len(earlier):
+                removed = np.zeros(len(waiting), dtype=bool)
+                removed[column] = True
+                earlier = earlier[block:]
+            else:
+                removed = _removed(row, column, len(waiting))
+                kept = np.concatenate([kept, rows[~removed[: len(rows)]]])
+                removed[: len(rows)] = True
+            waiting = waiting[~removed]
+            block = min(max(block * BLOCK_PAIRS // max(near, 1), 1), GROWTH * block)
+    chosen: np.ndarray = order[kept[:post]]
     return chosen
 
 
-def _overlapping(bev: np.ndarray, block: int, threshold: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """Pairs (row < `block`, later column) whose IoU exceeds `threshold`, rows ascending, and how many were near."""
-    row, column = near_pairs(bev[:block], bev)
-    later = column > row
-    row, column = row[later], column[later]
-    possible = _may_exceed(bev.T, row, column, threshold)
-    row, column = row[possible], column[possible]
-    over = iou_bev_pairs(bev[row], bev[column]) > threshold
+def _removed(row: np.ndarray, column: np.ndarray, count: int) -> np.ndarray:
+    """Which of `count` boxes an earlier one removes that stays itself, of overlapping pairs with rows ascending."""
+    removed = np.zeros(count, dtype=bool)
+    rows = np.unique(row)
+    ends = np.searchsorted(row, rows, side="right")
+    for box, start, stop in zip(rows, np.searchsorted(row, rows), ends, strict=True):
+        if not removed[box]:
+            removed[column[start:stop]] = True
+    return removed
+
+
+def _overlapping(
+    bev: np.ndarray, rows: np.ndarray, columns: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Places in `rows` and in `columns` of pairs, the better box first, whose IoU exceeds `threshold`; rows ascending.
+
+    Also how many pairs were near enough for it: circles bound the extents of `_may_share`.
+    """
+    least = threshold / (1 + threshold) - ROUNDING
+    row, column = near_pairs(bev[rows], bev[columns], scale=1 - 2 * least)
+    first, second = rows[row], columns[column]
+    possible = _may_share(bev.T, first, second, least)
+    over = possible[iou_bev_pairs(bev[first[possible]], bev[second[possible]]) > threshold]
     return row[over], column[over], len(row)
 
 
-def _may_exceed(bev: np.ndarray, row: np.ndarray, column: np.ndarray, threshold: float) -> np.ndarray:
-    """Whether the rectangle around `column`, upright in the frame of `row`, shares enough with `row` for `threshold`.
+def _may_share(bev: np.ndarray, first: np.ndarray, second: np.ndarray, least: float) -> Int64[np.ndarray, " possible"]:
+    """Which pairs with `first` before `second` may share `least` of the sum of their areas, by three cheap bounds.
 
-    What two boxes share is at most what that rectangle shares, and at most the smaller area.
+    They share no more than the smaller area, nor than two strips that cross, each as wide as its box. Cut between their
+    centres, what they share is two ends, and an end past the part s of a box's half extent holds at most 1 - s of half
+    its area: together at most 1 - distance / sum of half extents along the line of centres, of half of both areas.
     """
+    if least <= 0:  # the rounding of an overlap of nothing may exceed such a threshold
+        return np.flatnonzero(first < second)
     x, y, length, width, yaw = bev
     cos, sin, area = np.cos(yaw), np.sin(yaw), length * width
-    cos_row, sin_row, cos_column, sin_column = cos[row], sin[row], cos[column], sin[column]
-    dx, dy = x[column] - x[row], y[column] - y[row]
-    turned_cos = np.abs(cos_row * cos_column + sin_row * sin_column)
-    turned_sin = np.abs(cos_row * sin_column - sin_row * cos_column)
-    reach_x = (length[row] + turned_cos * length[column] + turned_sin * width[column]) / 2
-    reach_y = (width[row] + turned_sin * length[column] + turned_cos * width[column]) / 2
-    shared_x = np.minimum(reach_x - np.abs(cos_row * dx + sin_row * dy), length[row])
-    shared_y = np.minimum(reach_y - np.abs(cos_row * dy - sin_row * dx), width[row])
-    shared = np.minimum(np.maximum(shared_x, 0) * np.maximum(shared_y, 0), np.minimum(area[row], area[column]))
-    enough: np.ndarray = shared * (1 + ROUNDING) >= threshold / (1 + threshold) * (area[row] + area[column])
-    return enough
+    area_a, area_b = area[first], area[second]
+    needed = least * (area_a + area_b)
+    strips = width[first] * width[second] >= np.abs(sin[second] * cos[first] - cos[second] * sin[first]) * needed
+    possible = np.flatnonzero(strips & (np.minimum(area_a, area_b) >= needed) & (first < second))
+
+    first, second = first[possible], second[possible]
+    dx, dy = x[second] - x[first], y[second] - y[first]
+    extents = np.zeros(len(possible))  # times twice the distance
+    for box in (first, second):
+        extents += np.abs(cos[box] * dx + sin[box] * dy) * length[box]
+        extents += np.abs(cos[box] * dy - sin[box] * dx) * width[box]
+    close: np.ndarray = possible[np.square(dx) + np.square(dy) <= (0.5 - least) * extents]
+    return close

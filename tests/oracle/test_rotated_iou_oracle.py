@@ -1,4 +1,4 @@
-"""Rotated overlap against a plain polygon clipper that shares no code and no formula with it."""
+"""Rotated overlap and suppression against a plain polygon clipper that shares no code and no formula with them."""
 
 import math
 
@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dm3d_deploy.geometry import nms
 from dm3d_deploy.geometry.boxes import intersection_bev, iou_bev_pairs
+from dm3d_deploy.pointcloud import Boxes3D
 
 Point = tuple[float, float]
 Rectangle = tuple[float, float, float, float, float]
@@ -103,3 +105,45 @@ def test_areas_agree_with_counted_points() -> None:
     points = rng.uniform(-3, 4, (400_000, 2))
     counted = float((inside(points, a) & inside(points, b)).mean()) * 49
     assert fast_intersection(a, b) == pytest.approx(counted, rel=0.02)
+
+
+def greedy(rectangles: list[Rectangle], threshold: float) -> list[int]:
+    """The definition, pair by pair: a box stays unless a better one that stays overlaps it by more."""
+    kept: list[int] = []
+    for i, box in enumerate(rectangles):
+        shared = ((slow_intersection(rectangles[k], box), rectangles[k]) for k in kept)
+        if all(area <= threshold * (k[2] * k[3] + box[2] * box[3] - area) for area, k in shared):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.2, 0.7])
+@pytest.mark.parametrize(
+    ("piles", "heading", "size_m"),
+    [
+        (1, math.pi, (4.5, 1.9)),
+        (4, math.pi, (4.5, 1.9)),
+        (2, 0.1, (4.5, 1.9)),
+        (4, math.pi, (0.8, 0.7)),
+        (200, 1, (4, 2)),
+    ],
+)
+def test_of_boxes_in_piles_those_of_the_definition_stay(
+    piles: int, heading: float, size_m: tuple[float, float], threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nms, "WINDOW", 64)
+    rng = np.random.default_rng(piles)
+    pile = rng.integers(0, piles, 200)
+    bev = np.c_[
+        (rng.uniform(-20, 20, (piles, 2))[pile] + rng.normal(0, 0.12 * size_m[0], (200, 2))),
+        np.array(size_m) * rng.uniform(0.8, 1.2, (200, 2)),
+        rng.uniform(-math.pi, math.pi, piles)[pile] + rng.normal(0, heading, 200),
+    ].astype(np.float32)
+    boxes = Boxes3D(
+        centre=np.c_[bev[:, :2], np.zeros(200, np.float32)],
+        size=np.c_[bev[:, 2:4], np.ones(200, np.float32)],
+        yaw=bev[:, 4],
+        velocity=np.zeros((200, 2), np.float32),
+    )
+    found = nms.rotated_nms(boxes, np.linspace(1, 0, 200, dtype=np.float32), threshold, 200, 200)
+    assert found.tolist() == greedy([tuple(row) for row in bev.astype(float).tolist()], threshold)
