@@ -25,9 +25,8 @@ from dm3d_deploy.pruning.masks import masked_state
 from dm3d_deploy.pruning.patterns import prune_step
 from dm3d_deploy.recipe import Recipe
 from dm3d_deploy.stages import RunContext
-from dm3d_deploy.steps.allocate import read_curves
 from dm3d_deploy.steps.frame_work import distortions, frames_of, outputs_of
-from dm3d_deploy.steps.layers import read_layers
+from dm3d_deploy.steps.layers import read_curves, read_layers
 
 Pairs = dict[str, tuple[float, float]]  # layer -> predicted and true distortion
 
@@ -58,7 +57,7 @@ def predicted(run: RunContext, ratio: float) -> dict[str, float]:
     """What the curves say of each layer at a ratio of their grid."""
     return {
         curve.layer: float(np.interp(ratio, curve.ratio, curve.distortion))
-        for curve in read_curves(run)
+        for curve in read_curves(run.path("curves"))
         if curve.pattern == "unstructured"
     }
 

@@ -24,7 +24,8 @@ class Recipe:
 
     One goal: `target`, the share of the cost to keep, `target_ms`, the network's time, or `max_distortion`, within
     which the cheapest is chosen. `cost` is kept MACs, executed MACs, or latency by a `profile` (a .json file or a
-    device's name, else the one `device`). `candidates` allocations for a target are verified by a true forward.
+    device's name, else the one `device`). `candidates` allocations for a target are verified by a true forward, unless
+    curves foresee a refit (steps.foresee).
     `model` is a name or a YAML path, `frames` is `simulated`, a file or a folder. Of the frames, `calibration_frames`
     rank and price the weights, `selection_frames` accept or refuse the recovery, `held_out_frames` only report.
     The `recover_steps` of distill and finetune learn from `recover_data`: simulated scenes, or a folder, which

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Integer
 
 from dm3d_deploy.errors import InternalError
 
@@ -87,9 +87,8 @@ def refit(
             f"least-squares problem with damping {damping:g}"
         )
     mean_x, mean_y = moments.x / moments.mass, moments.y / moments.mass
-    gram = moments.xx / moments.mass - np.outer(mean_x, mean_x)
+    gram, ridge = _centred(moments, damping)
     cross = moments.xy / moments.mass - np.outer(mean_x, mean_y)
-    ridge = damping * max(float(np.trace(gram)) / len(gram), float(np.finfo(np.float32).tiny))
     found = np.where(keep, weight.astype(np.float64), 0.0)
     masks, group_of = np.unique(keep, axis=1, return_inverse=True)
 
@@ -106,3 +105,51 @@ def refit(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # groups do not touch each other, so no order shows
         list(pool.map(solve, range(masks.shape[1])))
     return Refit(weight=found, offset=mean_y - mean_x @ found)
+
+
+def shares_left(
+    moments: Moments,
+    weight: Float[np.ndarray, "inputs columns"],
+    steps: Integer[np.ndarray, "inputs columns"],
+    points: int,
+    *,
+    damping: float,
+) -> Float64[np.ndarray, " points"]:
+    """Of the squared change that pruning makes in a layer's outputs, the share that `refit` leaves, at every point.
+
+    The weight w_i of a column goes at the point `steps`, never at `points`; moments are of the dense inputs x. Without
+    a refit the change is E (x_P'w_P)^2 over the pruned P. With it, w_P'(C_PP - C_PK C_KK^-1 C_KP)w_P over the kept K,
+    C the covariance plus the refit's ridge: with the weights in the order in which they go, the last first, and
+    C = LL', that is the sum of (L'w)_i^2 over P, so one factorisation prices all points. Both are summed over the
+    columns. 1 where nothing changes.
+    """
+    if moments.mass <= 0 or damping <= 0 or not weight.shape == steps.shape or len(weight) != len(moments.x):
+        raise InternalError(
+            f"weights {weight.shape}, steps {steps.shape}, {len(moments.x)} inputs of mass {moments.mass:g}: no shares "
+            f"with damping {damping:g}"
+        )
+    gram, ridge = _centred(moments, damping)
+    gram[np.diag_indices(len(gram))] += ridge
+    raw = moments.xx / moments.mass
+
+    def changes(column: int) -> Float64[np.ndarray, "2 points"]:
+        order = np.argsort(-steps[:, column].astype(np.int64), kind="stable")
+        w, first = weight[order, column].astype(np.float64), np.arange(points)
+        gone = np.searchsorted(-steps[order, column].astype(np.int64), -first, side="left")  # the first of each P
+        square = raw[np.ix_(order, order)]
+        masked = w * (np.diag(square) * w + 2 * (np.triu(square, 1) @ w))
+        left = np.square(np.linalg.cholesky(gram[np.ix_(order, order)]).T @ w)
+        tails = [np.append(np.cumsum(part[::-1])[::-1], 0.0) for part in (masked, left)]
+        return np.stack([tail[gone] for tail in tails])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        masked, left = np.sum(list(pool.map(changes, range(weight.shape[1]))), axis=0)
+    shares: np.ndarray = np.divide(left, masked, out=np.ones(points), where=masked > 0)
+    return np.minimum(shares, 1.0)
+
+
+def _centred(moments: Moments, damping: float) -> tuple[Float64[np.ndarray, "inputs inputs"], float]:
+    """The inputs' covariance, and the ridge that `damping` means beside it."""
+    mean = moments.x / moments.mass
+    gram = moments.xx / moments.mass - np.outer(mean, mean)
+    return gram, damping * max(float(np.trace(gram)) / len(gram), float(np.finfo(np.float32).tiny))

@@ -190,7 +190,8 @@ def distortion_rows(report: Mapping[str, Any]) -> list[tuple[str, float, list[fl
     """Title, mean, the frames' own values and colour of every distortion that the report holds."""
     distortion = report["distortion"]
     frames = distortion["per_frame"]
-    rows: list[tuple[str, float, list[float], str]] = [("predicted", distortion["predicted"], [], "muted")]
+    title = "predicted, refitted" if distortion["foresees_refit"] else "predicted"
+    rows: list[tuple[str, float, list[float], str]] = [(title, distortion["predicted"], [], "muted")]
     if distortion["heldout"] is not None:
         rows.append(("held-out, pruned", distortion["heldout"], [frame["heldout"] for frame in frames], "accent"))
     if distortion["heldout_after_recovery"] is not None:

@@ -80,6 +80,7 @@ SCHEMA: dict[str, Any] = {
     "macs": {**MACS, "by_part": MapOf(MACS, keys=PARTS)},
     "distortion": {
         "predicted": AMOUNT,
+        "foresees_refit": FLAG,
         "heldout": Nullable(AMOUNT),
         "heldout_after_recovery": Nullable(AMOUNT),
         "per_frame": ListOf({"frame": WORDS, "heldout": AMOUNT, "after_recovery": Nullable(AMOUNT)}),

@@ -80,7 +80,8 @@ def _findings(report: Mapping[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     budget, distortion = report["budget"], report["distortion"]
     simulated = ", simulated frames" if report["frames"]["held_out_simulated"] else ""
-    known = [("predicted", distortion["predicted"]), ("held-out", distortion["heldout"])]
+    foreseen = "predicted behind the refit" if distortion["foresees_refit"] else "predicted"
+    known = [(foreseen, distortion["predicted"]), ("held-out", distortion["heldout"])]
     known.append(("recovered", distortion["heldout_after_recovery"]))
     parts = [f"{word} {facts.significant(value)}" for word, value in known if value is not None]
     parts += [f"{baseline['method']} {facts.significant(baseline['heldout'])}" for baseline in distortion["baselines"]]

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from dm3d_deploy.recipe import Recipe
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.baseline import baseline_allocation
 from dm3d_deploy.steps.candidates import Candidate, candidates_of, verified
+from dm3d_deploy.steps.foresee import foreseen_curves
 from dm3d_deploy.steps.layers import allocation_as_json, in_scope, read_layers
 from dm3d_deploy.steps.slim import slim_candidates, timed_candidates
 
@@ -49,12 +50,14 @@ class Prices:
 
 def allocate(run: RunContext) -> None:
     """Spend the budget over the layers in scope, and keep the candidate that a true forward says is best."""
-    recipe, curves = run.recipe, read_curves(run)
+    recipe, (curves, foreseen) = run.recipe, foreseen_curves(run)
     offer = offer_of(run, curves)
     profile = profile_of(run)
     prices = prices_of(recipe, offer, profile)
     if recipe.method == "dm3d" and recipe.cost != "macs" and recipe.patterns != "unstructured":
         found = _with_whole(run, curves, offer, prices, profile)
+    elif foreseen:  # a forward of the masks would not tell which is best behind a refit
+        found = [Candidate(name="least sum behind a refit", allocation=_solve(recipe, offer.items, prices, None))]
     elif recipe.method == "dm3d":
         found = candidates_of(recipe, offer.items, lambda items, limit: _solve(recipe, items, prices, limit))
     else:
@@ -70,6 +73,7 @@ def allocate(run: RunContext) -> None:
             "skipped": list(offer.skipped),
             "cost_kind": recipe.cost,
             "candidates": rows,
+            "foreseen": foreseen,
             "time": None if profile is None else planned_time(profile, offer.layers, chosen.choices),
         },
     )
@@ -196,19 +200,3 @@ def _solve(
             items, max_distortion=max_distortion, dense=prices.dense, costs=costs, fixed_cost=prices.fixed
         )
     return allocate_budget(items, budget=_budget(recipe, prices.dense), costs=costs, fixed_cost=prices.fixed)
-
-
-def read_curves(run: RunContext) -> list[Curve]:
-    """The curves that the stage `curves` wrote."""
-    rows: list[dict[str, Any]] = json.loads(run.path("curves").read_text(encoding="utf-8"))
-    return [
-        Curve(
-            layer=row["layer"],
-            pattern=row["pattern"],
-            unit=row["unit"],
-            ratio=np.asarray(row["ratio"], dtype=np.float64),
-            distortion=np.asarray(row["distortion"], dtype=np.float64),
-            cost=np.asarray(row["cost"], dtype=np.float64),
-        )
-        for row in rows
-    ]

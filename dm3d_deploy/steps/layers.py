@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from dm3d_deploy.pruning.channels import GroupCurve
-from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Kind, Layer, Part
+from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Curve, Kind, Layer, Part
 
 if TYPE_CHECKING:
     from dm3d_deploy.models.detector import Detector
@@ -142,3 +142,19 @@ def read_group_curves(path: Path) -> dict[str, GroupCurve]:
         )
         for row in rows
     }
+
+
+def read_curves(path: Path) -> list[Curve]:
+    """The curves that the stage `curves` wrote."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        Curve(
+            layer=row["layer"],
+            pattern=row["pattern"],
+            unit=row["unit"],
+            ratio=np.asarray(row["ratio"], dtype=np.float64),
+            distortion=np.asarray(row["distortion"], dtype=np.float64),
+            cost=np.asarray(row["cost"], dtype=np.float64),
+        )
+        for row in rows
+    ]

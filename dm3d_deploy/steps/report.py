@@ -192,6 +192,7 @@ def _distortion(found: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         "predicted": found["allocation"]["distortion"],
+        "foresees_refit": found["allocation"]["foreseen"],
         "heldout": mean("masked"),
         "heldout_after_recovery": mean("recovered") if recovered else None,
         "per_frame": [

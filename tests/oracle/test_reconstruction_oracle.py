@@ -9,13 +9,14 @@ from run_sample import TINY
 from safetensors.numpy import load_file, save
 
 from calib.reconstruct import reconstructed_weights
+from calib.refit_shares import refit_shares
 from dm3d_deploy.artifacts import write_bytes
 from dm3d_deploy.config import load_config
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.models.checkpoints import load_checkpoint, save_weights
 from dm3d_deploy.models.detector import build_detector, prunable_layers
 from dm3d_deploy.models.seeded import seed_weights
-from dm3d_deploy.pruning.reconstruction import Moments, refit
+from dm3d_deploy.pruning.reconstruction import Moments, refit, shares_left
 from dm3d_deploy.pruning.sensitivity import FLOOR
 
 DAMPING = 0.05
@@ -88,6 +89,40 @@ def scene(seed, detector):
     coords = np.hstack([np.zeros((len(cells), 1)), cells]).astype(np.int64)
     features = rng.normal(size=(len(cells), len(detector.config.voxels.columns))).astype(np.float32)
     return torch.from_numpy(features), torch.from_numpy(coords)
+
+
+def by_refits(x, weight, steps, points, damping, counts):
+    """Of the change at every point what refits leave, each solved anew; y is what the dense layer computes."""
+    y, mean = x @ weight, lambda squares: np.average(squares, axis=0, weights=counts).sum()
+    ridge = damping * np.mean(np.average((x - np.average(x, axis=0, weights=counts)) ** 2, axis=0, weights=counts))
+    found = np.ones(points)
+    for point in range(points):
+        keep = steps > point
+        masked = mean((x @ (weight * ~keep)) ** 2)
+        refitted, offset = by_lstsq(x, y, weight * keep, keep, damping, counts)
+        left = mean((y - x @ refitted - offset) ** 2) + ridge * ((weight - refitted) ** 2).sum()
+        found[point] = min(1.0, left / masked) if masked > 0 else 1.0
+    return found
+
+
+def test_shares_left_are_those_of_refits_one_by_one():
+    rng = np.random.default_rng(3)
+    x = rng.normal(1, 1, (200, 9)) @ rng.normal(0, 1, (9, 9))
+    weight, steps = rng.normal(size=(9, 5)), rng.integers(1, 8, (9, 5))
+    steps[:, 4] = 7  # a column that loses nothing before the end
+    counts = rng.exponential(size=200)
+    moments = Moments.of(x, x @ weight, counts)
+    found = shares_left(moments, weight, steps, 8, damping=DAMPING)
+    np.testing.assert_allclose(found, by_refits(x, weight, steps, 8, DAMPING, counts), rtol=1e-9)
+    assert found[0] == 1.0
+    assert found[3:7].max() < 0.9
+
+
+@pytest.mark.parametrize(("rows", "damping", "what"), [(0, 0.1, "mass 0"), (2, 0.0, "damping 0")])
+def test_shares_of_nothing_are_refused(rows, damping, what):
+    moments = Moments.of(np.ones((rows, 2)), np.ones((rows, 1)), np.ones(rows))
+    with pytest.raises(InternalError, match=what):
+        shares_left(moments, np.ones((2, 1)), np.ones((2, 1), dtype=int), 3, damping=damping)
 
 
 @pytest.fixture
@@ -222,3 +257,24 @@ def test_fewer_rows_give_other_weights_and_equal_seeds_equal_ones(given):
         found.append(reconstructed_weights(masked, *scene(0, dense), 0, {**settings, "rows_per_input": rows}))
     assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
     assert any(not np.array_equal(found[0][name], found[2][name]) for name in found[0])
+
+
+def test_shares_are_taken_at_the_rows_of_the_detector_before_pruning(given, tmp_path):
+    dense, _, masks, settings = given
+    points, rng = 4, np.random.default_rng(4)
+    steps = {f"some {name}": rng.integers(0, points + 1, mask.shape).astype(np.int16) for name, mask in masks.items()}
+    write_bytes(tmp_path / "steps.safetensors", save(steps))
+    curves = {name: {f"some {name}": points} for name in masks}
+    more = {"steps": str(tmp_path / "steps.safetensors"), "curves": curves, "columns": 10**6}
+    found = refit_shares(dense, *scene(0, dense), 0, settings | more)
+    assert found.keys() == steps.keys()
+    felt = load_file(settings["sensitivity"])
+    for layer in [layer for layer in prunable_layers(dense) if layer.name in masks and layer.kind != "deconv2d"]:
+        pairs = [inputs_and_outputs(dense, layer.name, frame) for frame in (0, 1)]
+        gather = sparse_rows if layer.kind == "sparse" else conv_rows
+        x = np.concatenate([gather(layer.module, *pair) for pair in pairs]).astype(float)
+        weight = layer.weight.numpy(force=True).astype(float)
+        flat, own = (array.reshape(len(weight), -1).T for array in (weight, steps[f"some {layer.name}"]))
+        counts = felt[layer.name].astype(float) + FLOOR if layer.name in felt else np.ones(len(x))
+        wanted = by_refits(x, flat, own, points, DAMPING, counts)
+        np.testing.assert_allclose(found[f"some {layer.name}"], wanted, rtol=2e-3)

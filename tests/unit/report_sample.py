@@ -244,6 +244,7 @@ def _ap() -> dict[str, Any]:
 def _distortion() -> dict[str, Any]:
     return {
         "predicted": 0.118,
+        "foresees_refit": False,
         "heldout": 0.214,
         "heldout_after_recovery": 0.097,
         "per_frame": [

@@ -49,7 +49,7 @@ def test_a_dry_run_touches_no_file(tiny_run, tiny_frames, tmp_path):
         ({"calibration_frames": 1}, "frames"),
         ({"sketches": 2}, "gradients"),
         ({"damping": 0.5}, "gradients"),  # dropped after use, and needed again
-        ({"patterns": "unstructured"}, "allocate"),
+        ({"patterns": "unstructured"}, "foresee"),
         ({"precision": "fp32"}, "export"),
         ({"score_frames": 3}, "score"),
     ],

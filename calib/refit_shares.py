@@ -1,0 +1,63 @@
+"""What a refit will make good of each layer's pruning at every ratio, by the inputs before anything is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+
+from calib.refit_rows import Samples, batch_of, matrix_of
+from calib.scenes import read_scenes
+from dm3d_deploy.models.detector import Detector, PrunableLayer, prunable_layers
+from dm3d_deploy.models.voxel_pruning import choosing_layers
+from dm3d_deploy.pruning.reconstruction import shares_left
+
+
+def refit_shares(
+    detector: Detector, features: Tensor, coords: Tensor, frame: int, settings: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """For each curve the shares of `reconstruction.shares_left`, by the curve's name.
+
+    `settings`: `steps` (path of the points at which each weight goes, one array a curve), `curves` (of each layer, by
+    name, its curves' names and numbers of points), `columns` (how many output columns of a layer stand for all), and
+    of the refit `frames_file`, `frames`, `sensitivity`, `rows_per_input`, `damping`, `seed`. Layers that choose among
+    voxels are not refitted and left out.
+    """
+    features, coords = batch_of(Path(settings["frames_file"]), settings["frames"])
+    scenes = read_scenes(detector.config, Path(settings["frames_file"]), settings["frames"], settings.get("rois"))
+    own = choosing_layers(detector)
+    layers = [x for x in prunable_layers(detector) if x.name in settings["curves"] and x.name not in own]
+    samples = Samples(
+        rows_per_input=int(settings["rows_per_input"]),
+        seed=int(settings["seed"]),
+        sensitivity=load_file(settings["sensitivity"]),
+    )
+    found: dict[str, np.ndarray] = {}
+    handles = []
+    with safe_open(settings["steps"], framework="np") as steps, torch.no_grad():
+        for order, layer in enumerate(layers):
+
+            def price(
+                _: nn.Module, inputs: tuple[Any, ...], output: Any, layer: PrunableLayer = layer, order: int = order
+            ) -> None:
+                moments = samples.moments(layer, inputs[0], output, order)
+                weight = matrix_of(layer.weight.numpy(force=True), layer)
+                rng = np.random.Generator(np.random.PCG64([int(settings["seed"]), order, 1]))
+                columns = np.sort(rng.permutation(weight.shape[1])[: int(settings["columns"])])
+                for name, points in settings["curves"][layer.name].items():
+                    own_steps = matrix_of(steps.get_tensor(name), layer)[:, columns]
+                    found[name] = shares_left(
+                        moments, weight[:, columns], own_steps, points, damping=float(settings["damping"])
+                    )
+
+            handles.append(layer.module.register_forward_hook(price))
+        detector(features, coords, batch_size=len(settings["frames"]), scenes=scenes)
+    for handle in handles:
+        handle.remove()
+    return found
