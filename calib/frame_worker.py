@@ -15,15 +15,17 @@ from safetensors import safe_open
 
 from calib.frame_outputs import batch_statistics, decoded_boxes, head_maps, kept_pairs
 from calib.gradients import sketch_gradients
+from calib.labelled_frames import arrays_from_labels, read_labelled
 from calib.pool import DONE_MARK, ERROR_MARK, IDLE_MARK, FrameJob, result_path
 from calib.reconstruct import reconstructed_weights
-from calib.refit_shares import refit_shares
 from calib.scenes import proposed_rois, read_scenes
 from dm3d_deploy.artifacts import write_tensors
-from dm3d_deploy.config import config_from_text
+from dm3d_deploy.config import DetectorConfig, config_from_text
 from dm3d_deploy.errors import Dm3dError, UsageError
+from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.models.checkpoints import load_checkpoint
 from dm3d_deploy.models.detector import Detector, build_detector
+from dm3d_deploy.models.outputs import Scene
 
 FrameFunction = Callable[[Detector, torch.Tensor, torch.Tensor, int, Mapping[str, Any]], dict[str, np.ndarray]]
 KINDS: Mapping[str, FrameFunction] = {
@@ -33,7 +35,6 @@ KINDS: Mapping[str, FrameFunction] = {
     "gradients": sketch_gradients,
     "kept_pairs": kept_pairs,
     "reconstruction": reconstructed_weights,
-    "refit_shares": refit_shares,
     "proposals": proposed_rois,
 }
 
@@ -42,6 +43,19 @@ def read_voxels(frames_file: Path, frame: int) -> tuple[np.ndarray, np.ndarray]:
     """Features Float32[V, C] and coords Int32[V, 4] of one frame of frames.safetensors."""
     with safe_open(frames_file, framework="np") as file:
         return file.get_tensor(f"{frame}.features"), file.get_tensor(f"{frame}.coords").astype(np.int32)
+
+
+def _inputs(
+    job: FrameJob, config: DetectorConfig, frame: int
+) -> tuple[np.ndarray, np.ndarray, list[Scene], dict[str, np.ndarray]]:
+    """Features, coords and scenes of a stored frame, or of one drawn here with its labels as arrays."""
+    if job.frames_file is not None:
+        file = Path(job.frames_file)
+        return *read_voxels(file, frame), read_scenes(config, file, [frame], job.settings.get("rois")), {}
+    drawn = read_labelled(job.settings["drawn"], frame)
+    voxels = voxelize(drawn.cloud, config)
+    scenes = [] if config.second_stage is None else [Scene(points=voxels.points)]
+    return voxels.features, voxels.coords, scenes, arrays_from_labels(drawn.labels)
 
 
 def work(job: FrameJob, index: int, count: int) -> None:
@@ -54,8 +68,7 @@ def work(job: FrameJob, index: int, count: int) -> None:
     parent = os.getppid()
     for frame in job.frames[index::count]:
         _leave_if_orphaned(parent)
-        features, coords = read_voxels(Path(job.frames_file), frame)
-        scenes = read_scenes(detector.config, Path(job.frames_file), [frame], job.settings.get("rois"))
+        features, coords, scenes, labels = _inputs(job, detector.config, frame)
         result = KINDS[job.kind](
             detector,
             torch.from_numpy(features),
@@ -64,7 +77,7 @@ def work(job: FrameJob, index: int, count: int) -> None:
             {**job.settings, "scenes": scenes},
         )
         _leave_if_orphaned(parent)  # another build may be writing into this folder by now
-        write_tensors(result_path(Path(job.out_dir), frame), result)
+        write_tensors(result_path(Path(job.out_dir), frame), result | labels)
         print(f"{DONE_MARK}{frame}", flush=True)
 
 

@@ -31,13 +31,14 @@ IDLE_MARK = "dm3d-idle"
 class FrameJob:
     """What to do with each frame: `kind` names a function of frame_worker, `settings` are its plain parameters.
 
-    Paths are absolute. Frame `i` leaves `out_dir/i.safetensors`.
+    Paths are absolute. Frame `i` leaves `out_dir/i.safetensors`. Without `frames_file`, settings["drawn"] describes
+    labelled frames that the child draws itself (calib.labelled_frames), and leaves the labels beside the result.
     """
 
     kind: str
     config_text: str
     weights: str
-    frames_file: str
+    frames_file: str | None
     frames: tuple[int, ...]
     out_dir: str
     settings: dict[str, Any]

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors.numpy import load_file
 
 from calib.calibration_set import SENSOR_OF_DATASET
-from calib.dataset import DatasetFrame, open_dataset
+from calib.dataset import open_dataset
 from calib.held_out import FIRST_SEED, FIRST_TRAINING_SEED
-from calib.simulated_dataset import labelled_frame
-from calib.simulator import simulate_frame
+from calib.labelled_frames import labels_from_arrays, read_labelled
+from calib.pool import FrameJob, FramePool
 from calib.simulator.sensor import sensor_named
 from dm3d_deploy.artifacts import MANIFEST_NAME, disk_errors, write_bytes, write_json
 from dm3d_deploy.config import DetectorConfig, detector_names, load_config
-from dm3d_deploy.detect import load_run
-from dm3d_deploy.detect_in_torch import detect_in_torch
+from dm3d_deploy.detect import DeployedDetector, load_run
 from dm3d_deploy.errors import UsageError, require
 from dm3d_deploy.evaluation.benchmarks import benchmark_scores, scored_classes
 from dm3d_deploy.evaluation.labels import FrameLabels
 from dm3d_deploy.evaluation.rows import ApRow
-from dm3d_deploy.pointcloud import Detections, PointCloud
+from dm3d_deploy.held_out_score import detections_from_arrays
+from dm3d_deploy.pointcloud import Detections
 from dm3d_deploy.reporting.ap_tables import ap_text, draw_curves
 
-if TYPE_CHECKING:
-    pass
-
+Advanced = Callable[[int, int], None]
 SIMULATED = "simulated"
 DEFAULT_FRAMES = 100
+MOST_PROCESSES = 8  # one a core: each holds torch and a detector
 RESULT_NAME, TEXT_NAME, PICTURE_NAME = "evaluation.json", "evaluation.txt", "precision_recall.png"
 SCHEMA = 1
 SHOWN = {"kitti": "3d R40", "nuscenes": "centre distance", "once": "3d"}
@@ -80,9 +83,9 @@ def evaluate(
     model: str | None = None,
     sensor: str | None = None,
     seed: int | None = None,
-    advanced: Callable[[int, int], None] | None = None,
+    advanced: Advanced | None = None,
 ) -> Evaluation:
-    """AP by class, range and difficulty of a run's graphs (no torch) or of a checkpoint (torch).
+    """AP by class, range and difficulty of a run's graphs (no torch) or of a checkpoint (torch, a process a core).
 
     `data` is a folder in KITTI's layout, or "simulated": the frames of `seed`, `seed` + 1, ... of `sensor`, by default
     from FIRST_SEED on and of the model's data set. `frames` is how many (default: all of a folder, 100 simulated) or,
@@ -99,7 +102,7 @@ def evaluate(
     if out is not None:
         with disk_errors(Path(out)):  # before the work, not after it
             Path(out).mkdir(parents=True, exist_ok=True)
-    scores = benchmark_scores(metric, *_detected(subject, source, advanced))
+    scores = benchmark_scores(metric, *subject.detected(source, advanced))
     result = Evaluation(
         subject=subject.label,
         data=source.label,
@@ -114,18 +117,41 @@ def evaluate(
     return result
 
 
-def _detected(
-    subject: _Subject, source: _Source, advanced: Callable[[int, int], None] | None
+def _detected_by_run(
+    run: DeployedDetector, source: _Source, advanced: Advanced | None
 ) -> tuple[list[Detections], list[FrameLabels]]:
     """Detections and labels of every frame; points are let go."""
     found, labels = [], []
     for index in range(source.count):
-        frame = source.read(index)
-        found.append(subject.detect(frame.cloud))
+        frame = read_labelled(source.frames, index)
+        found.append(run.detect(frame.cloud))
         labels.append(frame.labels)
         if advanced is not None:
             advanced(index + 1, source.count)
     return found, labels
+
+
+def _detected_in_torch(
+    weights: Path, config: DetectorConfig, source: _Source, advanced: Advanced | None
+) -> tuple[list[Detections], list[FrameLabels]]:
+    """As `_detected_by_run`, frames drawn and detected in processes of one thread each."""
+
+    def told(done: int, total: int) -> None:
+        if advanced is not None and done:
+            advanced(done, total)
+
+    with tempfile.TemporaryDirectory() as folder, FramePool(MOST_PROCESSES) as pool:
+        job = FrameJob(
+            kind="detections",
+            config_text=config.text,
+            weights=str(weights.resolve()),
+            frames_file=None,
+            frames=tuple(range(source.count)),
+            out_dir=folder,
+            settings={"drawn": dict(source.frames)},
+        )
+        left = [load_file(file) for file in pool.run(job, advanced=told)]
+    return [detections_from_arrays(arrays, config) for arrays in left], [labels_from_arrays(arrays) for arrays in left]
 
 
 def write_evaluation(out: Path, result: Evaluation) -> None:
@@ -143,16 +169,16 @@ class _Subject:
 
     label: str
     config: DetectorConfig
-    detect: Callable[[PointCloud], Detections]
+    detected: Callable[[_Source, Advanced | None], tuple[list[Detections], list[FrameLabels]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """Where the frames come from."""
+    """Where the frames come from: `frames` describes them for `read_labelled`."""
 
     label: str
     count: int
-    read: Callable[[int], DatasetFrame]
+    frames: Mapping[str, Any]
 
 
 def _subject(path: Path, *, variant: str, model: str | None) -> _Subject:
@@ -161,19 +187,18 @@ def _subject(path: Path, *, variant: str, model: str | None) -> _Subject:
         run = load_run(root, variant=variant)
         trained = "" if run.manifest.trained else ", UNTRAINED"
         return _Subject(
-            label=f"{root.name} ({run.config.name}, {variant}{trained})", config=run.config, detect=run.detect
+            label=f"{root.name} ({run.config.name}, {variant}{trained})",
+            config=run.config,
+            detected=partial(_detected_by_run, run),
         )
     require("torch", extra="compile")
     from dm3d_deploy.models.checkpoints import load_checkpoint
     from dm3d_deploy.models.detector import build_detector
 
-    name = model if model is not None else _fitting_model(path)
-    detector = build_detector(load_config(name))
-    load_checkpoint(detector, path)
+    config = load_config(model if model is not None else _fitting_model(path))
+    load_checkpoint(build_detector(config), path)  # refuses here, not in every process
     return _Subject(
-        label=f"{path.name} ({detector.config.name})",
-        config=detector.config,
-        detect=lambda cloud: detect_in_torch(detector, cloud),
+        label=f"{path.name} ({config.name})", config=config, detected=partial(_detected_in_torch, path, config)
     )
 
 
@@ -223,7 +248,7 @@ def _source(
     if count is not None and count > len(folder.names):
         raise UsageError(f"{data} holds {len(folder.names)} frames, not {count}.", fix="ask for fewer frames")
     names = folder.names[:count]
-    return _Source(label=str(data), count=len(names), read=lambda index: folder.read(names[index]))
+    return _Source(label=str(data), count=len(names), frames={"folder": str(data), "names": list(names)})
 
 
 def _simulated(sensor: str, count: int, seed: int) -> _Source:
@@ -236,5 +261,5 @@ def _simulated(sensor: str, count: int, seed: int) -> _Source:
     return _Source(
         label=f"simulated {sensor} seeds {seed} to {seed + count - 1}",
         count=count,
-        read=lambda index: labelled_frame(simulate_frame(seed + index, sensor=sensor)),
+        frames={"sensor": sensor, "seed": seed},
     )

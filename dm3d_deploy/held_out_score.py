@@ -86,12 +86,13 @@ def detect_scenes(
         settings={},
     )
     files = pool.run(job, advanced=lambda done, _: advanced(done))
-    found = [_detections(load_file(file), config) for file in files]
+    found = [detections_from_arrays(load_file(file), config) for file in files]
     shutil.rmtree(folder)
     return found
 
 
-def _detections(arrays: Mapping[str, np.ndarray], config: DetectorConfig) -> Detections:
+def detections_from_arrays(arrays: Mapping[str, np.ndarray], config: DetectorConfig) -> Detections:
+    """The detections that a frame worker left ("detections" of calib.frame_worker)."""
     table = arrays["boxes"]
     boxes = Boxes3D(centre=table[:, :3], size=table[:, 3:6], yaw=table[:, 6], velocity=table[:, 7:9])
     return Detections(boxes=boxes, scores=arrays["scores"], labels=arrays["labels"], class_names=config.class_names)

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from calib.held_out import FIRST_SEED, FIRST_TRAINING_SEED
+from calib.labelled_frames import read_labelled
 from dm3d_deploy.config import load_config
+from dm3d_deploy.detect_in_torch import detect_in_torch
 from dm3d_deploy.errors import CheckpointError, Dm3dError, FrameError, UsageError
 from dm3d_deploy.evaluate import evaluate
-from dm3d_deploy.models.checkpoints import save_weights
+from dm3d_deploy.evaluation.benchmarks import benchmark_scores
+from dm3d_deploy.models.checkpoints import load_checkpoint, save_weights
 from dm3d_deploy.models.detector import build_detector
 from dm3d_deploy.models.seeded import seed_weights
 from dm3d_deploy.simulate import simulate
@@ -69,10 +72,29 @@ def test_a_folder_gives_what_its_seeds_give(tiny_run, folder) -> None:
     assert evaluate(tiny_run, data=folder, frames=["000001"]).frames == 1
 
 
-def test_a_checkpoint(weights, folder) -> None:
-    result = evaluate(weights, model=str(TINY), data=folder, metric="once")
+def test_a_checkpoint_in_processes_scores_as_in_one(weights, folder) -> None:
+    told = []
+    result = evaluate(weights, model=str(TINY), data=folder, metric="once", advanced=lambda *step: told.append(step))
     assert result.subject == "tiny.safetensors (centerpoint-tiny)"
+    assert told == [(1, 2), (2, 2)]
+    detector = build_detector(load_config(TINY))
+    load_checkpoint(detector, weights)
+    source = {"folder": str(folder), "names": ["000000", "000001"]}
+    frames = [read_labelled(source, index) for index in range(2)]
+    found = [detect_in_torch(detector, frame.cloud) for frame in frames]
+    assert sum(map(len, found)) > 10
+    assert result.rows == benchmark_scores("once", found, [frame.labels for frame in frames]).rows
     assert sum(row.objects for row in result.rows) > 10
+
+
+def test_what_a_process_refuses_is_said_as_it_was(weights, folder, tmp_path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "set")
+    (copied / "velodyne" / "000001.bin").write_bytes(b"\x89PNG")
+    with pytest.raises(FrameError, match=r"velodyne/000001\.bin is a PNG image, not points\."):
+        evaluate(weights, model=str(TINY), data=copied, frames=["000001"])
+
+
+def test_a_checkpoint_is_refused_before_a_process_starts(weights, folder) -> None:
     with pytest.raises(UsageError, match=r"tiny.safetensors fits none of the models centerpoint, .*centerpoint-slim, "):
         evaluate(weights, data=folder)
     with pytest.raises(CheckpointError, match="no checkpoint"):
