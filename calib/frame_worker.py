@@ -18,6 +18,7 @@ from calib.gradients import sketch_gradients
 from calib.labelled_frames import arrays_from_labels, read_labelled
 from calib.pool import DONE_MARK, ERROR_MARK, IDLE_MARK, FrameJob, result_path
 from calib.reconstruct import reconstructed_weights
+from calib.refit_shares import refit_shares
 from calib.scenes import proposed_rois, read_scenes
 from dm3d_deploy.artifacts import write_tensors
 from dm3d_deploy.config import DetectorConfig, config_from_text
@@ -35,6 +36,7 @@ KINDS: Mapping[str, FrameFunction] = {
     "gradients": sketch_gradients,
     "kept_pairs": kept_pairs,
     "reconstruction": reconstructed_weights,
+    "refit_shares": refit_shares,
     "proposals": proposed_rois,
 }
 
