@@ -144,8 +144,7 @@ def shares_left(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         masked, left = np.sum(list(pool.map(changes, range(weight.shape[1]))), axis=0)
-    shares: np.ndarray = np.divide(left, masked, out=np.ones(points), where=masked > 0)
-    return np.minimum(shares, 1.0)
+    return np.asarray(np.minimum(np.divide(left, masked, out=np.ones(points), where=masked > 0), 1.0))
 
 
 def _centred(moments: Moments, damping: float) -> tuple[Float64[np.ndarray, "inputs inputs"], float]:
