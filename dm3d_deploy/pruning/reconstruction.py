@@ -130,16 +130,16 @@ def shares_left(
         )
     gram, ridge = _centred(moments, damping)
     gram[np.diag_indices(len(gram))] += ridge
-    raw = moments.xx / moments.mass
+    raw = (moments.xx / moments.mass).astype(np.float32)
 
     def changes(column: int) -> Float64[np.ndarray, "2 points"]:
         order = np.argsort(-steps[:, column].astype(np.int64), kind="stable")
-        w, first = weight[order, column].astype(np.float64), np.arange(points)
-        gone = np.searchsorted(-steps[order, column].astype(np.int64), -first, side="left")  # the first of each P
+        w = weight[order, column].astype(np.float32)
+        gone = np.searchsorted(-steps[order, column].astype(np.int64), -np.arange(points), side="left")
         square = raw[np.ix_(order, order)]
         masked = w * (np.diag(square) * w + 2 * (np.triu(square, 1) @ w))
-        left = np.square(np.linalg.cholesky(gram[np.ix_(order, order)]).T @ w)
-        tails = [np.append(np.cumsum(part[::-1])[::-1], 0.0) for part in (masked, left)]
+        left = np.square(_factor(gram[np.ix_(order, order)]).T @ w)
+        tails = [np.append(np.cumsum(part[::-1], dtype=np.float64)[::-1], 0.0) for part in (masked, left)]
         return np.stack([tail[gone] for tail in tails])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -152,3 +152,11 @@ def _centred(moments: Moments, damping: float) -> tuple[Float64[np.ndarray, "inp
     mean = moments.x / moments.mass
     gram = moments.xx / moments.mass - np.outer(mean, mean)
     return gram, damping * max(float(np.trace(gram)) / len(gram), float(np.finfo(np.float32).tiny))
+
+
+def _factor(matrix: Float64[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+    """The lower Cholesky factor in single precision, half the time; in double where rounding leaves none."""
+    try:
+        return np.linalg.cholesky(matrix.astype(np.float32))
+    except np.linalg.LinAlgError:
+        return np.linalg.cholesky(matrix)
