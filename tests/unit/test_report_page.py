@@ -210,6 +210,18 @@ def test_untrusted_text_is_no_markup_in_the_terminal() -> None:
     assert "FAIL [bold]x[/bold]: not finite, wanted relative <= 0.0001" in text
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_refit_that_was_foreseen_and_refused_is_named(accepted) -> None:
+    report = sample_report()
+    report["distortion"]["foresees_refit"] = True
+    report["recovery"]["steps"][0]["accepted"] = accepted
+    text = Page(render_html(report)).text
+    assert ("--recover none allocates for the masks alone" in text) is not accepted
+    assert "and foresees the refit of the kept weights" in text
+    assert "predicted behind the refit" in text
+    assert "predicted behind the refit 0.118" in terminal(report)
+
+
 def test_an_empty_report_says_what_is_missing() -> None:
     report = sample_report()
     report.update(latency=[], engines=[], detections=None, recovery=None, parity=[], skipped=[], layers=[], warnings=[])
