@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from dm3d_deploy.device import stamp_here
+from dm3d_deploy.measurements import read_measurements
 
 
 def tree_bytes(session: int) -> int:
@@ -129,6 +130,7 @@ def main() -> None:
         rows.append(("its processor time", f"{processor:.1f} s", ""))
         rows.append(("its memory, all processes", f"{peak / 2**30:.2f} GiB", bars[1]))
         rows.append(("its exit code", str(code), "0"))
+        took = read_measurements(run).seconds
         seconds, _, code = watched(build)
         rows.append(("repeated build", f"{seconds:.2f} s", "<= 5 s"))
         loaded, each = detect_seconds(run, options.repeats)
@@ -140,6 +142,7 @@ def main() -> None:
     print(f"{stamp.as_json()['cpu']}, {os.cpu_count()} cores, load {stamp.as_json()['load_average']}")
     for name, value, bar in rows:
         print(f"  {name:<38} {value:>12}   {bar}")
+    print("  seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in took.items()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Cells count by how much the detector's output feels them (pruning.sensitivity).
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from calib.refit_rows import Samples, batch_of, matrix_of
+from calib.refit_rows import EndOfWalk, Samples, batch_of, matrix_of
 from calib.scenes import read_scenes
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.models.checkpoints import load_checkpoint
@@ -64,9 +65,12 @@ def reconstructed_weights(
             ) -> None:
                 moments = samples.moments(layer, inputs[0], wanted.next(layer.name), order)
                 changed.update(_refitted(layer, moments, masks[layer.name], float(settings["damping"])))
+                if layer is layers[-1]:
+                    raise EndOfWalk
 
             handles.append(layer.module.register_forward_pre_hook(refit_now))
-        run(detector)
+        with contextlib.suppress(EndOfWalk):
+            run(detector)
         for handle in handles:
             handle.remove()
     return changed
@@ -111,12 +115,14 @@ class _OutputsOf:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
                 if not self._closed.is_set():
                     self._outputs.put((name, output))
+                if name == self._names[-1]:
+                    raise EndOfWalk
 
             return hook
 
         handles = [self._model.get_submodule(name).register_forward_hook(told(name)) for name in self._names]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.suppress(EndOfWalk):
                 self._run(self._model)
         except (InternalError, RuntimeError) as error:  # raised again by whoever waits
             self._outputs.put(("", error))

@@ -23,6 +23,10 @@ from dm3d_deploy.pruning.sensitivity import Drawn, drawn
 CHUNK_ROWS = 4096
 
 
+class EndOfWalk(Exception):
+    """Raised behind the last layer that a walk is for: heads and second stages further on would be run for nothing."""
+
+
 def batch_of(frames_file: Path, frames: list[int]) -> tuple[Tensor, Tensor]:
     """Features and coordinates of several frames as one batch."""
     features, coords = [], []

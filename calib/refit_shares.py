@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from calib.refit_rows import Samples, batch_of, matrix_of
+from calib.refit_rows import EndOfWalk, Samples, batch_of, matrix_of
 from calib.scenes import read_scenes
 from dm3d_deploy.models.detector import Detector, PrunableLayer, prunable_layers
 from dm3d_deploy.models.voxel_pruning import choosing_layers
@@ -55,9 +56,12 @@ def refit_shares(
                     found[name] = shares_left(
                         moments, weight[:, columns], own_steps, points, damping=float(settings["damping"])
                     )
+                if layer is layers[-1]:
+                    raise EndOfWalk
 
             handles.append(layer.module.register_forward_hook(price))
-        detector(features, coords, batch_size=len(settings["frames"]), scenes=scenes)
+        with contextlib.suppress(EndOfWalk):
+            detector(features, coords, batch_size=len(settings["frames"]), scenes=scenes)
     for handle in handles:
         handle.remove()
     return found
