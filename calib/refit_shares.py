@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from calib.refit_rows import EndOfWalk, Samples, batch_of, matrix_of
 from calib.scenes import read_scenes
 from dm3d_deploy.models.detector import Detector, PrunableLayer, prunable_layers
 from dm3d_deploy.models.voxel_pruning import choosing_layers
-from dm3d_deploy.pruning.reconstruction import shares_left
+from dm3d_deploy.pruning.reconstruction import Moments, shares_left
 
 
 def refit_shares(
@@ -39,9 +40,13 @@ def refit_shares(
         seed=int(settings["seed"]),
         sensitivity=load_file(settings["sensitivity"]),
     )
-    found: dict[str, np.ndarray] = {}
+    priced: list[Future[dict[str, np.ndarray]]] = []
     handles = []
-    with safe_open(settings["steps"], framework="np") as steps, torch.no_grad():
+    with (
+        safe_open(settings["steps"], framework="np") as steps,
+        ThreadPoolExecutor(1) as behind,  # one layer is priced while the next is computed
+        torch.no_grad(),
+    ):
         for order, layer in enumerate(layers):
 
             def price(
@@ -51,11 +56,13 @@ def refit_shares(
                 weight = matrix_of(layer.weight.numpy(force=True), layer)
                 rng = np.random.Generator(np.random.PCG64([int(settings["seed"]), order, 1]))
                 columns = np.sort(rng.permutation(weight.shape[1])[: int(settings["columns"])])
-                for name, points in settings["curves"][layer.name].items():
-                    own_steps = matrix_of(steps.get_tensor(name), layer)[:, columns]
-                    found[name] = shares_left(
-                        moments, weight[:, columns], own_steps, points, damping=float(settings["damping"])
-                    )
+                curves = {
+                    name: (matrix_of(steps.get_tensor(name), layer)[:, columns], points)
+                    for name, points in settings["curves"][layer.name].items()
+                }
+                if priced:
+                    priced[-1].result()
+                priced.append(behind.submit(_shares, moments, weight[:, columns], curves, float(settings["damping"])))
                 if layer is layers[-1]:
                     raise EndOfWalk
 
@@ -64,4 +71,12 @@ def refit_shares(
             detector(features, coords, batch_size=len(settings["frames"]), scenes=scenes)
     for handle in handles:
         handle.remove()
-    return found
+    return {name: shares for each in priced for name, shares in each.result().items()}
+
+
+def _shares(
+    moments: Moments, weight: np.ndarray, curves: Mapping[str, tuple[np.ndarray, int]], damping: float
+) -> dict[str, np.ndarray]:
+    return {
+        name: shares_left(moments, weight, steps, points, damping=damping) for name, (steps, points) in curves.items()
+    }

@@ -7,6 +7,7 @@ kept weights are chosen anew, so that the layer's output on calibration inputs c
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Integer
 
 from dm3d_deploy.errors import InternalError
+
+BLOCK = 256  # rows of a triangle that are multiplied at once
 
 
 @dataclass(slots=True)
@@ -128,19 +131,19 @@ def shares_left(
             f"weights {weight.shape}, steps {steps.shape}, {len(moments.x)} inputs of mass {moments.mass:g}: no shares "
             f"with damping {damping:g}"
         )
-    gram, ridge = _centred(moments, damping)
-    gram[np.diag_indices(len(gram))] += ridge
-    raw = (moments.xx / moments.mass).astype(np.float32)
+    double, ridge = _centred(moments, damping)
+    double[np.diag_indices(len(double))] += ridge
+    gram, mean = double.astype(np.float32), (moments.x / moments.mass).astype(np.float32)
 
     def changes(column: int) -> Float64[np.ndarray, "2 points"]:
         order = np.argsort(-steps[:, column].astype(np.int64), kind="stable")
         w = weight[order, column].astype(np.float32)
         gone = np.searchsorted(-steps[order, column].astype(np.int64), -np.arange(points), side="left")
-        square = raw[np.ix_(order, order)]
-        masked = w * (np.diag(square) * w + 2 * (np.triu(square, 1) @ w))
-        left = np.square(_factor(gram[np.ix_(order, order)]).T @ w)
-        tails = [np.append(np.cumsum(part[::-1], dtype=np.float64)[::-1], 0.0) for part in (masked, left)]
-        return np.stack([tail[gone] for tail in tails])
+        square = gram[np.ix_(order, order)]
+        spread = w * ((np.diag(square) - np.float32(ridge)) * w + 2 * _behind_diagonal(square, w))
+        masked = _tails(spread)[gone] + np.square(_tails(w * mean[order])[gone])
+        factor = _factor(square, lambda: double[np.ix_(order, order)])
+        return np.stack([masked, _tails(np.square(factor.T @ w))[gone]])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         masked, left = np.sum(list(pool.map(changes, range(weight.shape[1]))), axis=0)
@@ -154,9 +157,26 @@ def _centred(moments: Moments, damping: float) -> tuple[Float64[np.ndarray, "inp
     return gram, damping * max(float(np.trace(gram)) / len(gram), float(np.finfo(np.float32).tiny))
 
 
-def _factor(matrix: Float64[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+def _tails(values: Float[np.ndarray, " n"]) -> Float64[np.ndarray, " more"]:
+    """Sums from each place to the end, and the 0 behind it."""
+    return np.append(np.cumsum(values[::-1], dtype=np.float64)[::-1], 0.0)
+
+
+def _behind_diagonal(square: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The strictly upper triangle times a vector, without a copy of the triangle."""
+    found = np.empty_like(vector)
+    for start in range(0, len(vector), BLOCK):
+        stop = start + BLOCK
+        found[start:stop] = np.triu(square[start:stop, start:stop], 1) @ vector[start:stop]
+        found[start:stop] += square[start:stop, stop:] @ vector[stop:]
+    return found
+
+
+def _factor(
+    single: Float[np.ndarray, "n n"], double: Callable[[], Float64[np.ndarray, "n n"]]
+) -> Float[np.ndarray, "n n"]:
     """The lower Cholesky factor in single precision, half the time; in double where rounding leaves none."""
     try:
-        return np.linalg.cholesky(matrix.astype(np.float32))
+        return np.linalg.cholesky(single)
     except np.linalg.LinAlgError:
-        return np.linalg.cholesky(matrix)
+        return np.linalg.cholesky(double())
