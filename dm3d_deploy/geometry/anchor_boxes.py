@@ -8,7 +8,14 @@ import numpy as np
 
 from dm3d_deploy.config import AnchorHeadConfig, AnchorPostConfig, DetectorConfig
 from dm3d_deploy.errors import EngineError
-from dm3d_deploy.geometry.anchors import BOX_CHANNELS, anchor_places, boxes_from_residuals, cell_anchors, directed
+from dm3d_deploy.geometry.anchors import (
+    BOX_CHANNELS,
+    anchor_places,
+    boxes_from_residuals,
+    cell_anchors,
+    directed,
+    from_fold,
+)
 from dm3d_deploy.geometry.candidates import Located, checked, scores_from_logits, sizes_from_logarithms
 from dm3d_deploy.geometry.nms import order_by_score
 from dm3d_deploy.pointcloud import Boxes3D, Detections
@@ -93,9 +100,9 @@ def decoded_at(
     yaw, headings = values[:, 6], np.full(len(index), NO_TURN)
     if head.direction is not None:
         logits = _rows(maps, "dir", head.direction.bins, head, size)[index]
-        yaw = directed(yaw, logits.argmax(axis=1), head.direction)
         best = np.sort(logits, axis=1)
-        headings = best[:, -1] - best[:, -2]
+        headings = np.minimum(best[:, -1] - best[:, -2], 2 * from_fold(yaw, head.direction))
+        yaw = directed(yaw, logits.argmax(axis=1), head.direction)
     boxes = Boxes3D(
         centre=values[:, :3].astype(np.float32),
         size=sizes_from_logarithms(values[:, 3:6], "box"),

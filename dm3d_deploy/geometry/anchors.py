@@ -98,6 +98,13 @@ def residuals_from_boxes(
     )
 
 
+def from_fold(yaw: Float64[np.ndarray, " boxes"], direction: DirectionConfig) -> Float64[np.ndarray, " boxes"]:
+    """How far each yaw lies from where `directed` jumps by a whole period (rad): next to it rounding turns a box."""
+    period = 2 * np.pi / direction.bins
+    turns = (yaw - direction.offset_rad) / period + direction.limit_offset
+    return np.asarray(np.abs(turns - np.rint(turns)) * period)
+
+
 def directed(
     yaw: Float64[np.ndarray, " boxes"], bins: np.ndarray, direction: DirectionConfig
 ) -> Float64[np.ndarray, " boxes"]:

@@ -26,7 +26,8 @@ class Located:
     a candidate: two executions of one detector that mean the same box agree in both; with `by_class` False the cell
     alone does, and the class is the best of that cell. `headings` are the lengths of the vectors (cos, sin) that the
     yaws were read from: near 1 from a trained head, near 0 where the network says nothing about the heading; of an
-    anchor head, how far the logits of the two best directions lie apart.
+    anchor head, how far the logits of the two best directions lie apart, or twice the yaw's distance from where it is
+    folded (rad), if that is less.
     """
 
     detections: Detections

@@ -183,7 +183,7 @@ def boxes_comparison(
     """Judge the boxes of the same frames twice: "boxes before NMS" and "boxes", which are those that NMS kept.
 
     Boxes of the same class and BEV cell are the same box; each must agree within the tolerances, but for the yaw where
-    the vector (cos, sin) it was read from is shorter than MIN_HEADING: an angle that rounding decides is no heading. A
+    `Located.headings` is less than MIN_HEADING: an angle that rounding decides is no heading. A
     box that the other side lacks is excused only if
     (1) its score lies within `tolerance.score` of the score threshold; or
     (2) the other side cut the list of its task at `max_objects`, and its score lies within `tolerance.score` of the

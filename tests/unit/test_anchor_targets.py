@@ -15,6 +15,7 @@ from dm3d_deploy.geometry.anchors import (
     boxes_from_residuals,
     cell_anchors,
     directed,
+    from_fold,
     residuals_from_boxes,
 )
 from dm3d_deploy.pointcloud import Boxes3D
@@ -80,6 +81,14 @@ def test_residuals_are_those_of_residual_coder_and_come_back():
 def test_a_direction_turns_the_yaw_by_half_turns(yaw, direction, wanted):
     # 0 lies before the first bin, which begins at 45 degrees: OpenPCDet answers pi in it and 2 pi in the second.
     np.testing.assert_allclose(directed(np.array([yaw]), np.array([direction]), DIRECTION), [wanted])
+
+
+@pytest.mark.parametrize(("yaw", "wanted"), [(0.78539, 0.0), (0.77539, 0.01), (0.80539 + 7 * math.pi, 0.02)])
+def test_a_yaw_next_to_the_fold_is_turned_by_rounding(yaw, wanted):
+    np.testing.assert_allclose(from_fold(np.array([yaw]), DIRECTION), [wanted], atol=1e-12)
+    fold = yaw - wanted if yaw > 0.78539 else yaw + wanted
+    near = directed(np.array([fold - 1e-6, fold + 1e-6]), np.array([0, 0]), DIRECTION)
+    assert abs(near[1] - near[0]) > 3
 
 
 def test_overlap_is_that_of_boxes_turned_to_the_nearer_axis():
