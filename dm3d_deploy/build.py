@@ -115,6 +115,9 @@ def plan(
     """What `build` would do, without doing it."""
     root = out if out is not None else default_out(recipe)
     wanted = _window(first, last)
+    devices_from(recipe.device)
+    for name in ("model", "profile", "checkpoint", "frames"):  # a plan for what cannot start would be none
+        outside_digest(name, recipe)
     _refuse_foreign_folder(root, recipe)
     book = _Book.open(root, recipe)
     rows: list[Planned] = []

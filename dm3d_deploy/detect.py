@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -131,6 +132,17 @@ def load_run(path: str | os.PathLike[str], *, variant: str = "pruned", threads: 
     return TwoStageDeployed(
         config=config, manifest=manifest, variant=variant, backbone=backbone, head=head, second=second[0]
     )
+
+
+def refuted_outputs(root: Path, manifest: Manifest) -> list[str] | None:
+    """What the run's parity gate found out of tolerance, "OUTPUT (SIDE)"; None where it was not asked.
+
+    Raises StaleArtifact where its answer is not the one that the build left.
+    """
+    if manifest.step("verify") is None:
+        return None
+    rows = json.loads(manifest.artifact("verification").checked(root).read_text(encoding="utf-8"))["parity"]
+    return [f"{row['output']} ({row['candidate']})" for row in rows if not row["passed"]]
 
 
 def detect_timed(detector: DeployedDetector, cloud: PointCloud) -> tuple[Detections, Voxels, float]:

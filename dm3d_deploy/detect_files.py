@@ -9,7 +9,7 @@ from typing import Any
 
 from calib.readers import describe, list_frames, read_points
 from dm3d_deploy.artifacts import MANIFEST_NAME
-from dm3d_deploy.detect import DeployedDetector, detect_timed, load_run
+from dm3d_deploy.detect import DeployedDetector, detect_timed, load_run, refuted_outputs
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.measurements import MEASUREMENTS_NAME
 from dm3d_deploy.pointcloud import Boxes3D, Detections
@@ -19,6 +19,7 @@ from dm3d_deploy.stages import FILES
 
 ENDINGS = {"json": ".json", "text": ".txt", "picture": ".png"}
 UNTRAINED = "UNTRAINED weights: these detections mean nothing"
+UNVERIFIED = "NOT VERIFIED: this build has not compared its graphs with the detector; run it to its end"
 
 
 def detect_files(
@@ -44,6 +45,11 @@ def detect_files(
     tell = say if say is not None else _silent
     if not detector.manifest.trained:
         tell(UNTRAINED)
+    refuted = refuted_outputs(run, detector.manifest)
+    if refuted is None:
+        tell(UNVERIFIED)
+    elif refuted:
+        tell(f"NOT PASSED: this run's graphs do not compute what its detector computes: {', '.join(refuted)}")
     rows = []
     for path, stem in targets:
         row = _detect_one(detector, path, stem, min_score, tell)

@@ -18,7 +18,7 @@ from dm3d_deploy.pointcloud import Detections, Voxels
 from engines.onnx_runtime import OnnxSession, run_backbone_stages
 
 Arrays = dict[str, np.ndarray]
-GEOMETRY = "keypoints + RoI pooling (numpy)"
+GEOMETRY = "proposals + pooling geometry (numpy)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -65,7 +65,8 @@ def _describe_run(root: Path) -> dict[str, Any]:
     return {
         "what": "run",
         "path": str(root),
-        "weights": "trained" if manifest.trained else "UNTRAINED",
+        "weights": "trained, or said to be" if manifest.trained else "UNTRAINED",
+        "verification": _verification(root, manifest, files),
         "recipe": recipe,
         "kept": _kept(root, manifest, files),
         "tools": dict(manifest.tools),
@@ -73,6 +74,18 @@ def _describe_run(root: Path) -> dict[str, Any]:
         "stages": [_stage_row(name, files, measurements, name in steps) for name in STAGE_NAMES],
         "files": files,
     }
+
+
+def _verification(root: Path, manifest: Manifest, files: Iterable[Mapping[str, Any]]) -> str:
+    """Of the deployed graphs against the detector, in words."""
+    from dm3d_deploy.detect import refuted_outputs
+
+    if any(row["stage"] == "verify" and row["check"] in ("changed", "missing") for row in files):
+        return "unknown: its files changed"
+    refuted = refuted_outputs(root, manifest)
+    if refuted is None:
+        return "not run"
+    return f"NOT PASSED: {', '.join(refuted)}" if refuted else "passed"
 
 
 def _file_row(root: Path, stage: str, file: Artifact) -> dict[str, Any]:

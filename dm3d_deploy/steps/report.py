@@ -38,6 +38,10 @@ NO_TIME = (
     "was pruned as a whole, because the graph leaves it out. 2:4 needs a GPU with sparse tensor cores and a builder "
     "that chooses them; tiles need the sparse 3D engine. Neither ran here."
 )
+ON_THE_HOST = (
+    " Proposals, and which rows their keypoints and RoIs read, are computed in numpy on the host, whatever executes "
+    "the rest: a row of their own says how long that took here. Voxels and NMS are numpy's, too."
+)
 WHY = {
     "dense": "kept whole: its multiplications are worth more than others'",
     "unstructured": "pruned freely below one half, where no hardware form would save time",
@@ -92,7 +96,7 @@ def gather(run: RunContext) -> dict[str, Any]:
             "engines_info", "verification", "score", "latency", "output_scale",
         )
     }  # fmt: skip
-    parts = _macs_by_part(found)
+    parts, two_stages = _macs_by_part(found), load_config(run.path("model_config")).second_stage is not None
     total = {column: sum(part[column] for part in parts.values()) for column in ("dense", "kept", "executed")}
     passed = bool(found["verification"]["parity"]) and all(row["passed"] for row in found["verification"]["parity"])
     return {
@@ -107,11 +111,14 @@ def gather(run: RunContext) -> dict[str, Any]:
         "recovery": _recovery(run, found["recovery"]),
         "ap": found["score"],
         "layers": _layers(run.recipe, found),
-        "skipped": [row for kind in ("allocation", "plan_info", "engines_info") for row in found[kind]["skipped"]],
+        "skipped": [
+            *_out_of_scope(run.recipe, found["layers"], two_stages),
+            *(row for kind in ("allocation", "plan_info", "engines_info") for row in found[kind]["skipped"]),
+        ],
         "parity": found["verification"]["parity"],
         "planned_time": found["allocation"]["time"],
         "latency": found["latency"]["latency"],
-        "latency_note": NO_TIME,
+        "latency_note": NO_TIME + (ON_THE_HOST if two_stages else ""),
         "plan": plan_section(run.root, found["plan_info"]),
         "engines": _engines(found),
         "detections": _detections(run),
@@ -129,6 +136,17 @@ def _macs_by_part(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for column in ("dense", "kept", "executed"):
             parts[part_of[row["layer"]]][column] += row[f"{column}_macs"]
     return parts
+
+
+def _out_of_scope(recipe: Recipe, layers: Sequence[Mapping[str, Any]], two_stages: bool) -> list[dict[str, str]]:
+    """What the budget does not count, as one row."""
+    names = [row["name"] for row in layers if row["part"] not in PARTS_OF_SCOPE[recipe.scope]]
+    if not names:
+        return []
+    reason = f"outside --scope {recipe.scope}: {len(names)} layers, not pruned; --scope model prunes the head, too"
+    if two_stages:
+        reason += ". The distortion counts what the second stage answers at the dense detector's proposals"
+    return [{"layer": ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in names)), "reason": reason}]
 
 
 def _frames(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,9 +366,14 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
     warnings = list(found["frames_info"]["overflow"])
     if not found["model_info"]["trained"]:
         warnings.append("UNTRAINED: the weights are seeded noise; distortions and boxes say nothing about a detector")
+    if found["recovery"]["method"] == "none" and not found["recovery"]["reason"].startswith("none was asked"):
+        warnings.append(f"no recovery was run: {found['recovery']['reason']}")
     if lost:
         warnings.append(f"{lost} weights or biases that are not zero became zero in the exported precision")
     if pooled:
         tasks = ", ".join(str(task) for task in pooled)
-        warnings.append(f"tasks {tasks} had too few confident cells to scale their boxes; all tasks' cells were taken")
+        warnings.append(
+            f"the head's tasks {tasks} (of an anchor head: anchors of a cell) had too few confident cells to scale "
+            "their boxes; all tasks' cells were taken"
+        )
     return [*warnings, *found["latency"]["warnings"]]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from run_sample import TINY, Noted, tiny_recipe, tree, write_frames
@@ -10,7 +11,7 @@ from dm3d_deploy import build as builder
 from dm3d_deploy.artifacts import read_manifest
 from dm3d_deploy.build import build, plan, rerun
 from dm3d_deploy.detect import load_run
-from dm3d_deploy.errors import InternalError, StaleArtifact, VerificationFailed
+from dm3d_deploy.errors import CheckpointError, FrameError, InternalError, StaleArtifact, UsageError, VerificationFailed
 from dm3d_deploy.measurements import read_measurements
 from dm3d_deploy.stages import STAGE_NAMES
 
@@ -72,6 +73,19 @@ def test_a_changed_frame_is_noticed_by_its_bytes(tiny_run, tiny_frames):
 def test_a_changed_tool_is_noticed(tiny_run, tiny_frames, monkeypatch):
     monkeypatch.setattr(builder, "tool_versions", lambda names: dict.fromkeys(names, "0.0"))
     assert planned(tiny_recipe(tiny_frames), tiny_run) == list(STAGE_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"checkpoint": "nothere.pth"}, CheckpointError),
+        ({"frames": "nothere"}, FrameError),
+        ({"device": "x"}, UsageError),
+    ],
+)
+def test_nothing_is_planned_for_what_cannot_start(tiny_frames, tmp_path, changes, error):
+    with pytest.raises(error):
+        planned(replace(tiny_recipe(tiny_frames), **changes), tmp_path / "new")
 
 
 def test_other_code_is_noticed(tiny_run, tiny_frames, monkeypatch):

@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from run_sample import points_of, tree
 
-from dm3d_deploy.detect import load_run
+from dm3d_deploy.artifacts import artifact_of, read_manifest
+from dm3d_deploy.detect import load_run, refuted_outputs
 from dm3d_deploy.detect_files import UNTRAINED, detect_files
-from dm3d_deploy.errors import FrameError, UsageError
+from dm3d_deploy.errors import FrameError, StaleArtifact, UsageError
+from dm3d_deploy.inspection import describe_path
 from dm3d_deploy.reporting.detection_files import read_detections, read_kitti_text
 
 
@@ -44,6 +47,42 @@ def test_a_row_is_plain_data_and_says_untrained(tiny_run, tiny_frames, tmp_path)
     assert (row["points"], row["dropped_voxels"], row["cutoff_m"]) == (1500, 0, None)
     assert 0 < row["voxels"] <= 1500
     assert row["ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("refuted", "told"), [(["boxes (ONNX)"], "NOT PASSED: this run's graphs do not .*: boxes"), (None, "NOT VERIFIED")]
+)
+def test_a_run_whose_gate_failed_is_not_used_without_a_word(
+    tiny_run, tiny_frames, tmp_path, monkeypatch, refuted, told
+):
+    monkeypatch.setattr("dm3d_deploy.detect_files.refuted_outputs", lambda root, manifest: refuted)
+    said = []
+    detect_files(tiny_run, [tiny_frames / "frame1.npy"], out=tmp_path, say=said.append)
+    assert re.match(told, said[1])
+
+
+def test_the_gate_of_a_run_is_what_its_build_left(run_copy):
+    assert refuted_outputs(run_copy, read_manifest(run_copy)) == []
+    assert describe_path(run_copy)["verification"] == "passed"
+    file = run_copy / "work" / "verification.json"
+    file.write_text(file.read_text().replace('"passed": true', '"passed": false'))
+    with pytest.raises(StaleArtifact):
+        refuted_outputs(run_copy, read_manifest(run_copy))
+    assert describe_path(run_copy)["verification"] == "unknown: its files changed"
+
+
+def test_the_gate_says_what_failed_and_that_it_was_not_asked(run_copy):
+    manifest = read_manifest(run_copy)
+    file = run_copy / "work" / "verification.json"
+    found = json.loads(file.read_text())
+    found["parity"][0]["passed"] = False
+    file.write_text(json.dumps(found))
+    step = manifest.step("verify")
+    now = tuple(artifact_of(run_copy, a.path, a.kind) if a.kind == "verification" else a for a in step.outputs)
+    others = tuple(one for one in manifest.steps if one.name != "verify")
+    (refuted,) = refuted_outputs(run_copy, replace(manifest, steps=(*others, replace(step, outputs=now))))
+    assert refuted == f"{found['parity'][0]['output']} ({found['parity'][0]['candidate']})"
+    assert refuted_outputs(run_copy, replace(manifest, steps=others)) is None
 
 
 def test_weaker_detections_are_left_out(tiny_run, tiny_frames, tmp_path):

@@ -238,6 +238,10 @@ def test_a_build_compares_both_stages_and_says_what_stays_outside_the_graphs(run
     report = json.loads((run / "report.json").read_text())
     told = json.dumps(report)
     assert GEOMETRY in told
+    assert "in numpy on the host" in report["latency_note"]
+    (outside,) = [row for row in report["skipped"] if "outside --scope backbone" in row["reason"]]
+    assert "roi_head" in outside["layer"]
+    assert "answers at the dense detector's proposals" in outside["reason"]
     latency = json.loads((run / "work" / "latency.json").read_text())["latency"]
     assert {GEOMETRY, "RoI head", "3D", "BEV + head", "decode + NMS"} <= {row["stage"] for row in latency}
 
