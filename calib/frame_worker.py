@@ -16,7 +16,7 @@ from safetensors import safe_open
 from calib.frame_outputs import batch_statistics, decoded_boxes, head_maps, kept_pairs
 from calib.gradients import sketch_gradients
 from calib.labelled_frames import arrays_from_labels, read_labelled
-from calib.pool import DONE_MARK, ERROR_MARK, IDLE_MARK, FrameJob, result_path
+from calib.pool import DONE_MARK, ERROR_MARK, IDLE_MARK, PART_MARK, FrameJob, result_path
 from calib.reconstruct import reconstructed_weights
 from calib.refit_shares import refit_shares
 from calib.scenes import proposed_rois, read_scenes
@@ -76,11 +76,15 @@ def work(job: FrameJob, index: int, count: int) -> None:
             torch.from_numpy(features),
             torch.from_numpy(coords.astype(np.int64)),
             frame,
-            {**job.settings, "scenes": scenes},
+            {**job.settings, "scenes": scenes, "walked": _walked},
         )
         _leave_if_orphaned(parent)  # another build may be writing into this folder by now
         write_tensors(result_path(Path(job.out_dir), frame), result | labels)
         print(f"{DONE_MARK}{frame}", flush=True)
+
+
+def _walked(layers: int, of: int) -> None:
+    print(f"{PART_MARK}{layers} {of}", flush=True)
 
 
 def _leave_if_orphaned(parent: int) -> None:

@@ -24,6 +24,7 @@ from dm3d_deploy.errors import Dm3dError, InternalError
 PROCESSES = 2
 ERROR_MARK = "dm3d-error "
 DONE_MARK = "dm3d-done "
+PART_MARK = "dm3d-part "
 IDLE_MARK = "dm3d-idle"
 
 
@@ -77,8 +78,16 @@ class FramePool:
         self._children = []
         self._lines = queue.SimpleQueue()
 
-    def run(self, job: FrameJob, *, advanced: Callable[[int, int], None]) -> list[Path]:
+    def run(
+        self,
+        job: FrameJob,
+        *,
+        advanced: Callable[[int, int], None],
+        walked: Callable[[int, int], None] | None = None,
+    ) -> list[Path]:
         """Run a job and return the frames' result files, in the order of `job.frames`.
+
+        `advanced` gets the frames done and their number; `walked`, from jobs that walk through layers, the layers.
 
         Raises the child's own Dm3dError, or InternalError with the last lines of a child that died otherwise.
         """
@@ -95,14 +104,16 @@ class FramePool:
             child.stdin.write(f"{index} {len(self._children)} {job_path}\n")
             child.stdin.flush()
         try:
-            self._wait(total=len(job.frames), advanced=advanced)
+            self._wait(total=len(job.frames), advanced=advanced, walked=walked)
         except BaseException:
             self.close()
             raise
         job_path.unlink()
         return [result_path(folder, frame) for frame in job.frames]
 
-    def _wait(self, *, total: int, advanced: Callable[[int, int], None]) -> None:
+    def _wait(
+        self, *, total: int, advanced: Callable[[int, int], None], walked: Callable[[int, int], None] | None
+    ) -> None:
         """Read what the children say until each has finished its share."""
         said: list[list[str]] = [[] for _ in self._children]
         busy = len(self._children)
@@ -115,6 +126,9 @@ class FramePool:
             if line.startswith(DONE_MARK):
                 done += 1
                 advanced(done, total)
+            elif line.startswith(PART_MARK):
+                if walked is not None:
+                    walked(*(int(word) for word in line.removeprefix(PART_MARK).split()))
             elif line.startswith(IDLE_MARK):
                 busy -= 1
             else:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from calib.refit_rows import EndOfWalk, Samples, batch_of, matrix_of
+from calib.refit_rows import EndOfWalk, Samples, batch_of, matrix_of, silent
 from calib.scenes import read_scenes
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.models.checkpoints import load_checkpoint
@@ -65,6 +65,7 @@ def reconstructed_weights(
             ) -> None:
                 moments = samples.moments(layer, inputs[0], wanted.next(layer.name), order)
                 changed.update(_refitted(layer, moments, masks[layer.name], float(settings["damping"])))
+                settings.get("walked", silent)(order + 1, len(layers))
                 if layer is layers[-1]:
                     raise EndOfWalk
 

@@ -27,6 +27,10 @@ class EndOfWalk(Exception):
     """Raised behind the last layer that a walk is for: heads and second stages further on would be run for nothing."""
 
 
+def silent(layers: int, of: int) -> None:
+    """Tells nobody how far a walk is."""
+
+
 def batch_of(frames_file: Path, frames: list[int]) -> tuple[Tensor, Tensor]:
     """Features and coordinates of several frames as one batch."""
     features, coords = [], []

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from calib.refit_rows import EndOfWalk, Samples, batch_of, matrix_of
+from calib.refit_rows import EndOfWalk, Samples, batch_of, matrix_of, silent
 from calib.scenes import read_scenes
 from dm3d_deploy.models.detector import Detector, PrunableLayer, prunable_layers
 from dm3d_deploy.models.voxel_pruning import choosing_layers
@@ -63,6 +63,7 @@ def refit_shares(
                 if priced:
                     priced[-1].result()
                 priced.append(behind.submit(_shares, moments, weight[:, columns], curves, float(settings["damping"])))
+                settings.get("walked", silent)(order + 1, len(layers))
                 if layer is layers[-1]:
                     raise EndOfWalk
 

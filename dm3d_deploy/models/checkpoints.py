@@ -25,6 +25,7 @@ from dm3d_deploy.models.voxel_pruning import expected_tensors, follow_weights
 
 NAMED = 5
 SAFETENSORS = ".safetensors"
+WRAPPER = "module."  # torch's DistributedDataParallel puts it before every name
 # Optimiser states of OpenPCDet hold learning rates as numpy scalars; these names make numbers and nothing else.
 NUMPY_SCALARS: tuple[Any, ...] = (
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
@@ -177,7 +178,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _state_of(path: Path, content: object) -> dict[str, Tensor]:
-    """The state dict of an OpenPCDet checkpoint, or the file itself if it is one."""
+    """The state dict of an OpenPCDet checkpoint, or the file itself if it is one, by its names without WRAPPER."""
     state = content.get("model_state", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         kind = type(state).__name__
@@ -188,7 +189,8 @@ def _state_of(path: Path, content: object) -> dict[str, Tensor]:
             f"{path} holds {len(strange)} entries that are not plain tensors: {_some(strange)}.",
             fix="give a checkpoint with 'model_state', or a bare state dict",
         )
-    return dict(state)
+    wrapped = all(name.startswith(WRAPPER) for name in state)
+    return {name.removeprefix(WRAPPER): value for name, value in state.items()} if wrapped else dict(state)
 
 
 def _is_plain(value: object) -> bool:
@@ -254,9 +256,13 @@ def _check_fit(source: str, model: str, found: Mapping[str, Tensor], expected: M
         theirs, ours = (made_of({name: tuple(t.shape) for name, t in side.items()}) for side in (found, expected))
         if theirs != ours:
             parts.insert(0, f"it holds {theirs}, and {model} is {ours}")
+        sizes = ((tensor.shape, found[name].shape) for name, tensor in expected.items() if name in found)
+        turned = all(sorted(ours) == sorted(theirs) for ours, theirs in sizes)
         raise CheckpointError(
             f"{source} does not fit {model}: {'; '.join(parts)}.",
-            fix="use the checkpoint that was trained with this configuration, or the configuration of this checkpoint",
+            fix="bring the axes into an order that spconv writes: [Cout, kz, ky, kx, Cin] or [kz, ky, kx, Cin, Cout]"
+            if turned and wrong and not missing and not unexpected
+            else "use the checkpoint that was trained with this configuration, or the configuration of this checkpoint",
         )
 
 

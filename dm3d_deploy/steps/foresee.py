@@ -86,7 +86,7 @@ def _shares(run: RunContext) -> Mapping[str, np.ndarray]:
     }
     first = frames_of(run, "calibration")[:1]  # the job reads all frames of the refit at once
     job = frame_job(run, "refit_shares", first, weights=run.start, folder=".shares", settings=settings)
-    (result,) = run.pool.run(job, advanced=run.watch.advanced)
+    (result,) = run.pool.run(job, advanced=lambda *_: None, walked=run.watch.advanced)
     found = load_file(result)
     shutil.rmtree(job.out_dir)
     file.unlink()

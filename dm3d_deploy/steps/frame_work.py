@@ -105,6 +105,10 @@ class Pieces:
         """`count` pieces of the current job are done."""
         self.run.watch.advanced(self.before + count, self.total)
 
+    def walked(self, layers: int, of: int) -> None:
+        """The current job, of one piece, has come through `layers` of its layers."""
+        self.run.watch.advanced(self.before * of + layers, self.total * of)
+
     def next_job(self, count: int) -> None:
         """The current job, of `count` pieces, is finished."""
         self.before += count

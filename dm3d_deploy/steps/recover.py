@@ -107,7 +107,7 @@ class _Trials:
         """What the frame workers compute with these weights."""
         self.write(state)
         job = frame_job(self.run, kind, frames, weights=self.path, folder=f".{kind}", settings=settings)
-        files = self.run.pool.run(job, advanced=lambda done, _: self.pieces.done(done))
+        files = self.run.pool.run(job, advanced=lambda done, _: self.pieces.done(done), walked=self.pieces.walked)
         self.pieces.next_job(len(frames))
         found = [load_file(file) for file in files]
         shutil.rmtree(job.out_dir)

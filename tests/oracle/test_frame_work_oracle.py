@@ -144,6 +144,16 @@ def job(tmp_path, detector):
     )  # fmt: skip
 
 
+def test_layers_of_a_walk_are_told_beside_frames():
+    frames, layers = [], []
+    pool = FramePool(1)
+    pool._children = [None]
+    for line in ("dm3d-part 1 35\n", "dm3d-part 2 35\n", "dm3d-done 0\n", "dm3d-idle\n"):
+        pool._lines.put((0, line))
+    pool._wait(total=1, advanced=lambda *told: frames.append(told), walked=lambda *told: layers.append(told))
+    assert (frames, layers) == ([(0, 1), (1, 1)], [(1, 35), (2, 35)])
+
+
 def test_the_pool_computes_what_one_process_computes_and_names_what_went_wrong(job, detector, tmp_path):
     steps = []
     with FramePool(2) as pool:

@@ -217,8 +217,11 @@ def offsets(detector, layer):
 def test_the_walk_solves_each_layer_from_what_it_now_sees(given):
     dense, masked, masks, settings = given
     means = {layer.name: offsets(masked, layer) for layer in prunable_layers(masked) if layer.name in masks}
-    changed = reconstructed_weights(masked, *scene(0, dense), 0, settings)
+    seen = []
+    walked = {"walked": lambda layers, of: seen.append((layers, of))}
+    changed = reconstructed_weights(masked, *scene(0, dense), 0, settings | walked)
     assert len(changed) == 2 * len(masks)
+    assert seen == [(layer + 1, len(masks)) for layer in range(len(masks))]
     felt = load_file(settings["sensitivity"])
     again = build_detector(dense.config)
     load_checkpoint(again, settings["dense_weights"])
@@ -278,8 +281,11 @@ def test_shares_are_taken_at_the_rows_of_the_detector_before_pruning(given, tmp_
     write_bytes(tmp_path / "steps.safetensors", save(steps))
     curves = {name: {f"some {name}": points} for name in masks}
     more = {"steps": str(tmp_path / "steps.safetensors"), "curves": curves, "columns": 10**6}
-    found = refit_shares(dense, *scene(0, dense), 0, settings | more)
+    seen = []
+    walked = {"walked": lambda layers, of: seen.append((layers, of))}
+    found = refit_shares(dense, *scene(0, dense), 0, settings | more | walked)
     assert found.keys() == steps.keys()
+    assert seen == [(layer + 1, len(masks)) for layer in range(len(masks))]
     felt = load_file(settings["sensitivity"])
     for layer in [layer for layer in prunable_layers(dense) if layer.name in masks and layer.kind != "deconv2d"]:
         pairs = [inputs_and_outputs(dense, layer.name, frame) for frame in (0, 1)]

@@ -50,6 +50,20 @@ def old_layout(state, names):
     return {name: v.permute(1, 2, 3, 4, 0).contiguous() if name in names else v for name, v in state.items()}
 
 
+def test_names_behind_a_ddp_wrapper_are_read(source, target, tmp_path):
+    state = {f"module.{name}": value for name, value in state_of(source).items()}
+    load_checkpoint(target, write(tmp_path / "ddp.pth", {"model_state": state}))
+    assert same(source, target)
+
+
+def test_axes_of_another_order_are_named(source, target, tmp_path):
+    state, names = state_of(source), sparse_names(source)
+    turned = {name: v.permute(0, 4, 1, 2, 3).contiguous() if name in names else v for name, v in state.items()}
+    with pytest.raises(CheckpointError, match="misshapen") as caught:
+        load_checkpoint(target, write(tmp_path / "turned.pth", turned))
+    assert caught.value.fix.startswith("bring the axes into an order that spconv writes: [Cout, kz, ky, kx, Cin]")
+
+
 @pytest.mark.parametrize("wrap", [True, False])
 @pytest.mark.parametrize("layout", ["1.x", "2.x"])
 def test_both_layouts_load(source, target, tmp_path, layout, wrap):
