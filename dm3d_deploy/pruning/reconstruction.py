@@ -135,18 +135,23 @@ def shares_left(
     double[np.diag_indices(len(double))] += ridge
     gram, mean = double.astype(np.float32), (moments.x / moments.mass).astype(np.float32)
 
-    def changes(column: int) -> Float64[np.ndarray, "2 points"]:
-        order = np.argsort(-steps[:, column].astype(np.int64), kind="stable")
-        w = weight[order, column].astype(np.float32)
-        gone = np.searchsorted(-steps[order, column].astype(np.int64), -np.arange(points), side="left")
-        square = gram[np.ix_(order, order)]
-        spread = w * ((np.diag(square) - np.float32(ridge)) * w + 2 * _behind_diagonal(square, w))
-        masked = _tails(spread)[gone] + np.square(_tails(w * mean[order])[gone])
-        factor = _factor(square, lambda: double[np.ix_(order, order)])
-        return np.stack([masked, _tails(np.square(factor.T @ w))[gone]])
+    ways, way_of = np.unique(steps, axis=1, return_inverse=True)  # columns of one tile go alike
+
+    def changes(way: int) -> Float64[np.ndarray, "2 points"]:
+        last_first = np.argsort(-ways[:, way].astype(np.int64), kind="stable")
+        gone = np.searchsorted(-ways[last_first, way].astype(np.int64), -np.arange(points), side="left")
+        square = gram[np.ix_(last_first, last_first)]
+        factor = _factor(square, lambda: double[np.ix_(last_first, last_first)])
+        total = np.zeros((2, points))
+        for column in np.flatnonzero(way_of.ravel() == way):
+            w = weight[last_first, column].astype(np.float32)
+            spread = w * ((np.diag(square) - np.float32(ridge)) * w + 2 * _behind_diagonal(square, w))
+            total[0] += _tails(spread)[gone] + np.square(_tails(w * mean[last_first])[gone])
+            total[1] += _tails(np.square(factor.T @ w))[gone]
+        return total
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        masked, left = np.sum(list(pool.map(changes, range(weight.shape[1]))), axis=0)
+        masked, left = np.sum(list(pool.map(changes, range(ways.shape[1]))), axis=0)
     return np.asarray(np.minimum(np.divide(left, masked, out=np.ones(points), where=masked > 0), 1.0))
 
 

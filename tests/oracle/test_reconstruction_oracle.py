@@ -110,6 +110,7 @@ def test_shares_left_are_those_of_refits_one_by_one():
     x = rng.normal(1, 1, (200, 9)) @ rng.normal(0, 1, (9, 9))
     weight, steps = rng.normal(size=(9, 5)), rng.integers(1, 8, (9, 5))
     steps[:, 4] = 7  # a column that loses nothing before the end
+    steps[:, 3] = steps[:, 1]  # two that go alike
     counts = rng.exponential(size=200)
     moments = Moments.of(x, x @ weight, counts)
     found = shares_left(moments, weight, steps, 8, damping=DAMPING)
