@@ -23,6 +23,8 @@ from dm3d_deploy.stages import RunContext
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dm3d_deploy.models.checkpoints import CheckpointInfo
+
 
 def load(run: RunContext) -> None:
     """Read the configuration and the weights, and write both in our own form."""
@@ -35,8 +37,9 @@ def load(run: RunContext) -> None:
     config = load_config(run.recipe.model)
     detector = build_detector(config)
     if run.recipe.checkpoint is not None:
-        load_checkpoint(detector, Path(run.recipe.checkpoint))
-        source, trained = f"checkpoint {Path(run.recipe.checkpoint).name}", True
+        info = load_checkpoint(detector, Path(run.recipe.checkpoint))
+        source = f"checkpoint {Path(run.recipe.checkpoint).name}{changes_of(info)}"
+        trained = True  # which no file can show
     elif (bundled := bundled_weights(run.recipe.model)) is not None:
         load_checkpoint(detector, bundled)
         source, trained = f"bundled with dm3d-deploy, trained on {TRAINED_ON}", True
@@ -65,6 +68,12 @@ def load(run: RunContext) -> None:
             "parameters": sum(p.numel() for p in detector.parameters()),
         },
     )
+
+
+def changes_of(info: CheckpointInfo) -> str:
+    """What reading did to a checkpoint's numbers, in words behind its name."""
+    order = ", spconv 1.x's weights brought into 2.x's order" if info.spconv_layout == "1.x" else ""
+    return order + (f", {info.cast} tensors cast to float32" if info.cast else "")
 
 
 def _permille(recipe: Recipe, stages: tuple[str, ...]) -> Tensor:

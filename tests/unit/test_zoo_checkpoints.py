@@ -11,6 +11,7 @@ from dm3d_deploy.models.checkpoints import load_checkpoint
 from dm3d_deploy.models.detector import build_detector, prunable_layers
 from dm3d_deploy.models.naming import made_of
 from dm3d_deploy.models.seeded import seed_weights
+from dm3d_deploy.steps.inputs import changes_of
 
 MADE_OF = {
     "second": "a plain 3D backbone, an anchor head of 18 scores a cell",
@@ -48,6 +49,8 @@ def test_half_precision_and_the_old_layout_load(name, files, tmp_path):
     info = load_checkpoint(target, tmp_path / "a.pth")
     assert info.spconv_layout == ("1.x" if sparse else "2.x")
     assert info.cast == sum(v.is_floating_point() for v in state.values())
+    old_order = ", spconv 1.x's weights brought into 2.x's order" if sparse else ""
+    assert changes_of(info) == f"{old_order}, {info.cast} tensors cast to float32"
     assert all(torch.equal(v, state[key].half().to(v.dtype)) for key, v in target.state_dict().items())
 
 
