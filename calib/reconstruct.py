@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from calib.refit_rows import EndOfWalk, Samples, batch_of, matrix_of, silent
@@ -46,11 +45,7 @@ def reconstructed_weights(
     scenes = read_scenes(detector.config, Path(settings["frames_file"]), settings["frames"], settings.get("rois"))
     own = choosing_layers(detector)  # the dense detector's rows are other voxels
     layers = [layer for layer in prunable_layers(detector) if layer.name in masks and layer.name not in own]
-    samples = Samples(
-        rows_per_input=int(settings["rows_per_input"]),
-        seed=int(settings["seed"]),
-        sensitivity=load_file(settings["sensitivity"]),
-    )
+    samples = Samples.of(settings)
     changed: dict[str, np.ndarray] = {}
 
     def run(model: Detector) -> None:

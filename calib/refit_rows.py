@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,6 +49,12 @@ class Samples:
 
     def __init__(self, *, rows_per_input: int, seed: int, sensitivity: Mapping[str, np.ndarray]) -> None:
         self._rows_per_input, self._seed, self._sensitivity = rows_per_input, seed, sensitivity
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Samples:
+        """As a job's settings say: `rows_per_input`, `seed`, `sensitivity` (a path)."""
+        felt = load_file(settings["sensitivity"])
+        return cls(rows_per_input=int(settings["rows_per_input"]), seed=int(settings["seed"]), sensitivity=felt)
 
     def moments(self, layer: PrunableLayer, x: Any, wanted: Any, order: int) -> Moments:
         """Sums over the drawn rows."""

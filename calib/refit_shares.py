@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from calib.refit_rows import EndOfWalk, Samples, batch_of, matrix_of, silent
@@ -35,11 +34,7 @@ def refit_shares(
     scenes = read_scenes(detector.config, Path(settings["frames_file"]), settings["frames"], settings.get("rois"))
     own = choosing_layers(detector)
     layers = [x for x in prunable_layers(detector) if x.name in settings["curves"] and x.name not in own]
-    samples = Samples(
-        rows_per_input=int(settings["rows_per_input"]),
-        seed=int(settings["seed"]),
-        sensitivity=load_file(settings["sensitivity"]),
-    )
+    samples = Samples.of(settings)
     priced: list[Future[dict[str, np.ndarray]]] = []
     handles = []
     with (
@@ -54,8 +49,7 @@ def refit_shares(
             ) -> None:
                 moments = samples.moments(layer, inputs[0], output, order)
                 weight = matrix_of(layer.weight.numpy(force=True), layer)
-                rng = np.random.Generator(np.random.PCG64([int(settings["seed"]), order, 1]))
-                columns = np.sort(rng.permutation(weight.shape[1])[: int(settings["columns"])])
+                columns = _drawn(weight.shape[1], int(settings["columns"]), [int(settings["seed"]), order, 1])
                 curves = {
                     name: (matrix_of(steps.get_tensor(name), layer)[:, columns], points)
                     for name, points in settings["curves"][layer.name].items()
@@ -73,6 +67,11 @@ def refit_shares(
     for handle in handles:
         handle.remove()
     return {name: shares for each in priced for name, shares in each.result().items()}
+
+
+def _drawn(count: int, most: int, seed: list[int]) -> np.ndarray:
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return np.sort(rng.permutation(count)[:most])
 
 
 def _shares(

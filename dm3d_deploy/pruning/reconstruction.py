@@ -132,6 +132,7 @@ def shares_left(
             f"with damping {damping:g}"
         )
     double, ridge = _centred(moments, damping)
+    ridge = max(ridge, float(np.finfo(np.float32).eps * np.trace(moments.xx) / moments.mass))  # what sums cannot tell
     double[np.diag_indices(len(double))] += ridge
     gram, mean = double.astype(np.float32), (moments.x / moments.mass).astype(np.float32)
 

@@ -112,7 +112,7 @@ def gather(run: RunContext) -> dict[str, Any]:
         "ap": found["score"],
         "layers": _layers(run.recipe, found),
         "skipped": [
-            *_out_of_scope(run.recipe, found["layers"], two_stages),
+            *out_of_scope(run.recipe, found["layers"], two_stages),
             *(row for kind in ("allocation", "plan_info", "engines_info") for row in found[kind]["skipped"]),
         ],
         "parity": found["verification"]["parity"],
@@ -138,7 +138,7 @@ def _macs_by_part(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return parts
 
 
-def _out_of_scope(recipe: Recipe, layers: Sequence[Mapping[str, Any]], two_stages: bool) -> list[dict[str, str]]:
+def out_of_scope(recipe: Recipe, layers: Sequence[Mapping[str, Any]], two_stages: bool) -> list[dict[str, str]]:
     """What the budget does not count, as one row."""
     names = [row["name"] for row in layers if row["part"] not in PARTS_OF_SCOPE[recipe.scope]]
     if not names:

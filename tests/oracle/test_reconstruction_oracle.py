@@ -16,7 +16,7 @@ from dm3d_deploy.errors import InternalError
 from dm3d_deploy.models.checkpoints import load_checkpoint, save_weights
 from dm3d_deploy.models.detector import build_detector, prunable_layers
 from dm3d_deploy.models.seeded import seed_weights
-from dm3d_deploy.pruning.reconstruction import Moments, refit, shares_left
+from dm3d_deploy.pruning.reconstruction import Moments, _factor, refit, shares_left
 from dm3d_deploy.pruning.sensitivity import FLOOR
 
 DAMPING = 0.05
@@ -119,16 +119,23 @@ def test_shares_left_are_those_of_refits_one_by_one():
     assert found[3:7].max() < 0.9
 
 
-def test_shares_of_inputs_that_single_precision_cannot_tell_apart():
+@pytest.mark.parametrize("spread", [0.0, 1e-6], ids=["never vary", "vary less than sums can tell"])
+def test_inputs_that_hardly_vary_have_shares(spread):
     rng = np.random.default_rng(5)
-    x = rng.normal(size=(300, 1)) + 1e-5 * rng.normal(size=(300, 8))
-    weight, steps = rng.normal(size=(8, 2)), rng.integers(1, 4, (8, 2))
-    moments = Moments.of(x, x @ weight, np.ones(300))
-    gram = np.cov(x.T, bias=True) + 1e-9 * np.eye(8)
+    x = (3 + spread * rng.normal(size=(300, 40))).astype(np.float32)
+    weight, steps = rng.normal(size=(40, 2)), rng.integers(1, 4, (40, 2))
+    found = shares_left(Moments.of(x, x @ weight, np.ones(300)), weight, steps, 4, damping=DAMPING)
+    assert found[0] == 1.0
+    assert found[1:].max() < 0.05  # an offset makes good what does not vary
+
+
+def test_a_factor_that_single_precision_does_not_have_is_found_in_double():
+    rng = np.random.default_rng(5)
+    gram = np.cov(rng.normal(size=(1, 300)) + 1e-5 * rng.normal(size=(8, 300))) + 1e-9 * np.eye(8)
     with pytest.raises(np.linalg.LinAlgError):
         np.linalg.cholesky(gram.astype(np.float32))
-    found = shares_left(moments, weight, steps, 4, damping=1e-9)
-    np.testing.assert_allclose(found, by_refits(x, weight, steps, 4, 1e-9, np.ones(300)), rtol=1e-2, atol=1e-9)
+    found = _factor(gram.astype(np.float32), lambda: gram)
+    np.testing.assert_allclose(found @ found.T, gram, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("rows", "damping", "what"), [(0, 0.1, "mass 0"), (2, 0.0, "damping 0")])

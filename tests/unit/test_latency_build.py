@@ -14,6 +14,9 @@ from dm3d_deploy.profiling import profile
 from dm3d_deploy.pruning.profiles import Profile
 from dm3d_deploy.reporting import facts
 from dm3d_deploy.reporting.summary import summary_lines
+from dm3d_deploy.stages import STAGE_NAMES
+
+ALLOCATE = STAGE_NAMES.index("allocate")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +47,9 @@ def test_a_time_that_nothing_reaches_is_refused_and_a_generous_one_is_reported(r
     assert "Dense, measured in this build" in page
     assert found.label.upper() in words_of(report)
 
-    assert builder.plan(recipe, run_copy)[4].fresh
+    assert builder.plan(recipe, run_copy)[ALLOCATE].fresh
     profile(str(TINY), device="here", out=path, frames=str(tiny_frames), repeats=2)
-    assert builder.plan(recipe, run_copy)[4].reason == "an input, a setting or a tool changed"
+    assert builder.plan(recipe, run_copy)[ALLOCATE].reason == "an input, a setting or a tool changed"
     path.write_text(path.read_text().replace('"voxels": ', '"voxels": 1'))
     with pytest.raises(StaleArtifact, match="was changed since it was written"):
         builder.plan(recipe, run_copy)

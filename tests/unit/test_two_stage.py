@@ -40,9 +40,11 @@ from dm3d_deploy.pruning.estimate import estimated_profile
 from dm3d_deploy.pruning.groups import channel_groups
 from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import native_from_taps, taps_from_native
+from dm3d_deploy.recipe import Recipe
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps import deploy
 from dm3d_deploy.steps.layers import layers_of
+from dm3d_deploy.steps.report import out_of_scope
 from dm3d_deploy.training.loop import check_trainable
 from engines.tensorrt_rtx import rtx_missing
 from exporters.graph_checks import check_graph
@@ -239,9 +241,12 @@ def test_a_build_compares_both_stages_and_says_what_stays_outside_the_graphs(run
     told = json.dumps(report)
     assert GEOMETRY in told
     assert "in numpy on the host" in report["latency_note"]
-    (outside,) = [row for row in report["skipped"] if "outside --scope backbone" in row["reason"]]
+    layers = json.loads((run / "work" / "layers.json").read_text())
+    (outside,) = out_of_scope(Recipe(model="m", target=0.5), layers, two_stages=True)
     assert "roi_head" in outside["layer"]
+    assert "outside --scope backbone: " in outside["reason"]
     assert "answers at the dense detector's proposals" in outside["reason"]
+    assert out_of_scope(Recipe(model="m", target=0.5, scope="model"), layers, two_stages=True) == []
     latency = json.loads((run / "work" / "latency.json").read_text())["latency"]
     assert {GEOMETRY, "RoI head", "3D", "BEV + head", "decode + NMS"} <= {row["stage"] for row in latency}
 
