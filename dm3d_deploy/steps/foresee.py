@@ -20,9 +20,9 @@ from dm3d_deploy.pruning.patterns import eligible_patterns, prune_step, ratio_gr
 from dm3d_deploy.pruning.recovery import STEPS_OF
 from dm3d_deploy.recipe import Recipe
 from dm3d_deploy.stages import RunContext
-from dm3d_deploy.steps.frame_work import frame_job, frames_of, refit_frames
+from dm3d_deploy.steps.frame_work import frame_job, frames_of
 from dm3d_deploy.steps.layers import read_curves, read_layers
-from dm3d_deploy.steps.recover import DAMPING
+from dm3d_deploy.steps.recover import refit_settings
 
 ROWS_PER_INPUT = 4  # shares move less by twice as many rows than by other output columns
 COLUMNS = 8
@@ -77,12 +77,7 @@ def _shares(run: RunContext) -> Mapping[str, np.ndarray]:
         "steps": str(file.resolve()),
         "curves": points,
         "columns": COLUMNS,
-        "frames_file": str(run.path("frames").resolve()),
-        "frames": list(refit_frames(run)),
-        "sensitivity": str(run.path("sensitivity").resolve()),
-        "rows_per_input": ROWS_PER_INPUT,
-        "damping": DAMPING,
-        "seed": run.recipe.seed,
+        **refit_settings(run, ROWS_PER_INPUT),
     }
     first = frames_of(run, "calibration")[:1]  # the job reads all frames of the refit at once
     job = frame_job(run, "refit_shares", first, weights=run.start, folder=".shares", settings=settings)

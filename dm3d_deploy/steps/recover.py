@@ -148,13 +148,17 @@ def _batch_norm(run: RunContext, state: State, trials: _Trials) -> Tried:
 
 def reconstruction_settings(run: RunContext, masks: Path) -> dict[str, Any]:
     """Of a job that fits the weights which the masks in a file keep anew to the refit's frames."""
+    files = {"dense_weights": str(run.path("dense_weights").resolve()), "masks": str(masks.resolve())}
+    return {**files, **refit_settings(run, ROWS_PER_INPUT)}
+
+
+def refit_settings(run: RunContext, rows_per_input: int) -> dict[str, Any]:
+    """Of any walk through the refit's frames: where they lie, which rows of its layers count, and how it is damped."""
     return {
-        "dense_weights": str(run.path("dense_weights").resolve()),
-        "masks": str(masks.resolve()),
         "frames_file": str(run.path("frames").resolve()),
         "frames": list(refit_frames(run)),
         "sensitivity": str(run.path("sensitivity").resolve()),
-        "rows_per_input": ROWS_PER_INPUT,
+        "rows_per_input": rows_per_input,
         "damping": DAMPING,
         "seed": run.recipe.seed,
     }
