@@ -3,7 +3,8 @@
 The bars of the other models are for four frames: `--model second --calibration-frames 4`. `--voxels 60000` keeps the
 nearest points of the file, until they fill that many voxels: what OpenPCDet's cap leaves of a frame.
 
-Memory is the largest sum of proportional set sizes over the whole tree of processes, read ten times a second. Processor
+Memory is the largest sum of proportional set sizes over the whole tree of processes, read once a second: ten times took
+a third of a core, and held the pages that the build was waiting for. Processor
 time is that of all its processes: on a machine that does other work, it says more than the clock does.
 """
 
@@ -48,7 +49,7 @@ def watched(command: list[str]) -> tuple[float, int, int]:
 
     def poll() -> None:
         nonlocal peak
-        while not ended.wait(0.1):
+        while not ended.wait(1.0):
             peak = max(peak, tree_bytes(child.pid))
 
     thread = threading.Thread(target=poll)

@@ -87,14 +87,15 @@ def detected(
     scenes = simulate_scenes(
         root / "scenes.safetensors", config, frames=frames, first_seed=seed, advanced=told("scene", frames)
     )
-    found = {}
+    found: dict[str, list[Detections]] = {}  # by digest: a refused recovery leaves the weights of the step before
+    digests = [digest_of_file(variant.weights) for variant in variants]
     with FramePool() as pool:
-        for place, variant in enumerate(variants):
-            found[str(place)] = detect_scenes(
+        for digest, variant in zip(digests, variants, strict=True):
+            found[digest] = found.get(digest) or detect_scenes(
                 scenes, variant.weights, config, pool, folder=root / "found",
                 advanced=told(f"{variant.kept} {variant.recovery}, scene", frames),
             )  # fmt: skip
-    return scenes, found
+    return scenes, {str(place): found[digest] for place, digest in enumerate(digests)}
 
 
 def rows_of(scenes: Scenes, found: Mapping[str, list[Detections]], config: DetectorConfig) -> list[VariantRow]:

@@ -96,7 +96,7 @@ def _detect_one(
     found = _at_least(found, min_score)
     files = {kind: _with_ending(target, ending) for kind, ending in ENDINGS.items()}
     title = f"{path.name}: {Path(str(detector.manifest.recipe['model'])).stem}, {detector.variant}"
-    write_detections(files["json"], found, frame=path.name)
+    write_detections(files["json"], found, frame=path.name, moving=detector.config.estimates_velocity)
     write_kitti_text(files["text"], found)
     draw_bev(
         files["picture"],

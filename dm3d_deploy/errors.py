@@ -53,6 +53,12 @@ class InfeasibleBudget(Dm3dError):
         self.cheapest = cheapest
 
 
+class DistortionMissed(Dm3dError):
+    """No allocation truly stays within the distortion that was asked for."""
+
+    exit_code = 5
+
+
 class ExportError(Dm3dError):
     """A detector that cannot be written as ONNX, or an ONNX file that breaks its contract."""
 

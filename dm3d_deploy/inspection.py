@@ -13,7 +13,7 @@ from dm3d_deploy.artifacts import MANIFEST_NAME, Artifact, Manifest, digest_of_f
 from dm3d_deploy.config import VOXELNEXT, CenterHeadConfig, DetectorConfig, detector_names, load_config
 from dm3d_deploy.errors import CheckpointError, UsageError, require
 from dm3d_deploy.measurements import Measurements, read_measurements
-from dm3d_deploy.models.naming import classes_per_task
+from dm3d_deploy.models.naming import classes_per_task, made_of
 from dm3d_deploy.stages import STAGE_NAMES, STAGES
 
 if TYPE_CHECKING:
@@ -250,9 +250,7 @@ def _guess(shapes: Mapping[str, Sequence[int]]) -> str:
     fits = [name for name in detector_names() if _looks_like(load_config(name), shapes, tasks, anchors)]
     if fits:
         return f"{' or '.join(fits)}, by its classes per task and its width (not loaded)"
-    if not tasks:
-        return f"an anchor head with {anchors} class scores a cell, of no configuration known here"
-    return f"a CenterPoint with {', '.join(map(str, tasks))} classes per task, of no configuration known here"
+    return f"{made_of(shapes)}; of no configuration known here"
 
 
 def _looks_like(

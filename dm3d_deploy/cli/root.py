@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from dm3d_deploy import __version__
-from dm3d_deploy.errors import Dm3dError, InternalError, OutputError
+from dm3d_deploy.errors import Dm3dError, InternalError, OutputError, VerificationFailed
 
 app = typer.Typer(
     name="dm3d-deploy",
@@ -29,7 +29,7 @@ WORLD = "The simulated world"
 BACKGROUND = "Look things up"
 INTERRUPTED = "interrupted: finished stages are kept, and the same command goes on from there\n"
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, an error too, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `build` left.")]
 
@@ -42,6 +42,8 @@ def main() -> None:
         from dm3d_deploy.terminal import say_error
 
         say_error(error)
+        if "--json" in sys.argv and not isinstance(error, VerificationFailed):  # its report was printed before
+            print_json({"error": {"kind": type(error).__name__, "what": error.what, "fix": error.fix}})
         sys.exit(error.exit_code)
     except InternalError as error:
         sys.stderr.write(f"internal error: {error} (a bug of ours: please report it with the command line)\n")

@@ -270,6 +270,12 @@ class DetectorConfig:
         return self.head
 
     @property
+    def estimates_velocity(self) -> bool:
+        """Whether the boxes come with velocities."""
+        branches = self.head.branches[0] if isinstance(self.head, CenterHeadConfig) else ()
+        return any(branch.name == "vel" for branch in branches)
+
+    @property
     def nms_groups(self) -> tuple[tuple[str, ...], ...]:
         """Classes whose boxes suppress each other, group by group in the order of decoding."""
         if isinstance(self.head, CenterHeadConfig):

@@ -251,11 +251,11 @@ def _check_fit(source: str, model: str, found: Mapping[str, Tensor], expected: M
         if name in found and _kind(found[name]) != _kind(expected[name])
     ]
     groups = (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
-    parts = [f"{len(names)} {word}: {_some(names)}" for word, names in groups if names]
-    if parts:
+    if missing or unexpected or wrong:
         theirs, ours = (made_of({name: tuple(t.shape) for name, t in side.items()}) for side in (found, expected))
-        if theirs != ours:
-            parts.insert(0, f"it holds {theirs}, and {model} is {ours}")
+        other = [f"it holds {theirs}, and {model} is {ours}"] if theirs != ours else []
+        named = 1 if other else NAMED  # of another family no list of names says more than that
+        parts = other + [f"{len(names)} {word}: {_some(names, named)}" for word, names in groups if names]
         sizes = ((tensor.shape, found[name].shape) for name, tensor in expected.items() if name in found)
         turned = all(sorted(ours) == sorted(theirs) for ours, theirs in sizes)
         raise CheckpointError(
@@ -288,7 +288,7 @@ def _check_values(source: str, values: Mapping[str, Tensor]) -> None:
         )
 
 
-def _some(names: Iterable[str]) -> str:
-    """The first five, and a sign that there are more."""
+def _some(names: Iterable[str], shown: int = NAMED) -> str:
+    """The first few, and a sign that there are more."""
     listed = list(names)
-    return ", ".join(listed[:NAMED]) + (", …" if len(listed) > NAMED else "")
+    return ", ".join(listed[:shown]) + (", …" if len(listed) > shown else "")

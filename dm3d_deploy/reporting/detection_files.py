@@ -19,8 +19,11 @@ FILE_KEYS = frozenset({"schema", "frame", "class_names", "boxes"})
 BOX_KEYS = frozenset({"class", "score", "centre_m", "size_m", "yaw_rad", "velocity_mps"})
 
 
-def detections_to_json(detections: Detections, *, frame: str) -> dict[str, Any]:
-    """Plain data: sensor frame, x forward, y left, z up; centre and size (length, width, height) in m, yaw about z."""
+def detections_to_json(detections: Detections, *, frame: str, moving: bool = True) -> dict[str, Any]:
+    """Plain data: sensor frame, x forward, y left, z up; centre and size (length, width, height) in m, yaw about z.
+
+    Of a detector that estimates no velocities (`moving` is False) they are null.
+    """
     boxes = detections.boxes
     return {
         "schema": SCHEMA,
@@ -33,7 +36,7 @@ def detections_to_json(detections: Detections, *, frame: str) -> dict[str, Any]:
                 "centre_m": [_shortest(v) for v in boxes.centre[i]],
                 "size_m": [_shortest(v) for v in boxes.size[i]],
                 "yaw_rad": _shortest(boxes.yaw[i]),
-                "velocity_mps": [_shortest(v) for v in boxes.velocity[i]],
+                "velocity_mps": [_shortest(v) for v in boxes.velocity[i]] if moving else None,
             }
             for i in range(len(detections))
         ],
@@ -45,9 +48,9 @@ def _shortest(value: np.float32) -> float:
     return float(str(value))
 
 
-def write_detections(path: Path, detections: Detections, *, frame: str) -> None:
+def write_detections(path: Path, detections: Detections, *, frame: str, moving: bool = True) -> None:
     """Write `detections_to_json` whole."""
-    write_json(path, detections_to_json(detections, frame=frame))
+    write_json(path, detections_to_json(detections, frame=frame, moving=moving))
 
 
 def read_detections(path: Path) -> tuple[Detections, str]:
@@ -66,7 +69,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def detections_from_json(data: Any, *, source: str) -> tuple[Detections, str]:
-    """The inverse of `detections_to_json`; UsageError names the box and the key that do not fit."""
+    """The inverse of `detections_to_json`, null being at rest; UsageError names the box and the key that do not fit."""
     _check_keys(data, FILE_KEYS, source)
     if data["schema"] != SCHEMA:
         raise _refusal(source, f"has the schema {data['schema']!r}; this version reads {SCHEMA}")
@@ -94,6 +97,7 @@ def _row(box: Any, source: str) -> list[float]:
     """Centre, size, yaw, velocity, score."""
     _check_keys(box, BOX_KEYS, source)
     values: list[float] = []
+    box = {**box, "velocity_mps": [0.0, 0.0]} if box["velocity_mps"] is None else box
     for key, count in (("centre_m", 3), ("size_m", 3), ("yaw_rad", 0), ("velocity_mps", 2), ("score", 0)):
         numbers = box[key] if count else [box[key]]
         if not isinstance(numbers, list) or len(numbers) != max(count, 1) or not all(map(_is_number, numbers)):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from dm3d_deploy.artifacts import write_tensors
-from dm3d_deploy.errors import InfeasibleBudget, InternalError, VerificationFailed
+from dm3d_deploy.errors import DistortionMissed, InfeasibleBudget, InternalError
 from dm3d_deploy.pruning.contracts import Allocation, Choice, WeightMask
 from dm3d_deploy.pruning.masks import masked_state, masks_of
 from dm3d_deploy.recipe import Recipe
@@ -80,7 +80,7 @@ def verified(
 ) -> tuple[Allocation, list[dict[str, Any]]]:
     """The candidate of the least true distortion on the selection frames, and a row about each that was looked at.
 
-    Where a distortion was asked for: the first, that is the cheapest, that truly stays within it; VerificationFailed
+    Where a distortion was asked for: the first, that is the cheapest, that truly stays within it; DistortionMissed
     when none does. Without selection frames, or with one candidate for a budget, the first is taken unverified. With
     `estimated` times, those within a tenth of the chosen one's are ties: no estimate tells them apart.
     """
@@ -98,7 +98,7 @@ def verified(
     chosen = len(measured) - 1 if wanted is not None else measured.index(min(measured))
     if wanted is not None and not measured[chosen] <= wanted:
         closest = candidates[chosen].allocation.distortion
-        raise VerificationFailed(
+        raise DistortionMissed(
             f"The distortion {wanted:g} was not kept on {len(frames)} selection frames: the most faithful of "
             f"{len(measured)} allocations, predicted {closest:.4g}, has {measured[chosen]:.4g}.",
             fix=f"raise --max-distortion to {measured[chosen]:.4g} or more",

@@ -57,7 +57,8 @@ def verify(run: RunContext) -> None:
         rois = _rois(run, shown, deployed.config)
         rows, detections = _compare(deployed, _voxels(run, shown), rois, outputs[variant][shown], run.recipe.precision)
         parity += rows
-        write_json(run.path(f"{variant}_detections"), detections_to_json(detections, frame=label))
+        moving = deployed.config.estimates_velocity
+        write_json(run.path(f"{variant}_detections"), detections_to_json(detections, frame=label, moving=moving))
         pieces.next_job(1)
         pieces.done(0)
     labels = [row["label"] for row in json.loads(run.path("frames_info").read_text(encoding="utf-8"))["frames"]]

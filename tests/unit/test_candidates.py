@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dm3d_deploy.errors import InternalError, VerificationFailed
+from dm3d_deploy.errors import DistortionMissed, InternalError
 from dm3d_deploy.pruning.allocation import allocate, cheapest_within
 from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice
 from dm3d_deploy.recipe import Recipe
@@ -109,14 +109,14 @@ def test_the_first_that_keeps_the_distortion_is_taken_and_no_more_are_tried(judg
 
 
 def test_no_candidate_within_the_distortion_is_a_no(judge) -> None:
-    with pytest.raises(VerificationFailed) as refusal:
+    with pytest.raises(DistortionMissed) as refusal:
         judge([0.4, 0.3], frames=(1, 2), target=None, max_distortion=0.2)
     assert "The distortion 0.2 was not kept on 2 selection frames: the most faithful of 2" in str(refusal.value)
     assert "raise --max-distortion to 0.3 or more" in str(refusal.value)
 
 
 def test_not_a_number_keeps_no_distortion(judge) -> None:
-    with pytest.raises(VerificationFailed):
+    with pytest.raises(DistortionMissed):
         judge([float("nan")], target=None, max_distortion=0.2)
 
 

@@ -67,6 +67,7 @@ def raising(error):
         (errors.CheckpointError("no", fix="f"), 4),
         (errors.FrameError("no", fix="f"), 4),
         (errors.InfeasibleBudget("no", fix="f", cheapest=0.1), 5),
+        (errors.DistortionMissed("no", fix="f"), 5),
         (errors.ExportError("no", fix="f"), 6),
         (errors.EngineError("no", fix="f"), 6),
         (errors.StaleArtifact("no", fix="f"), 7),
@@ -83,6 +84,16 @@ def test_each_error_has_its_exit_code(cli, monkeypatch, error, code):
         assert err == f"error: no\n  fix: {error.fix}\n"  # brackets of an extra are no markup
     else:
         assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [("detect", "nowhere", "frame.bin"), ("inspect", "nowhere"), ("report", "nowhere")])
+def test_an_error_is_a_document_too(cli, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli(*command, "--json")
+    told = json.loads(out)["error"]
+    assert code != 0
+    assert err == f"error: {told['what']}\n  fix: {told['fix']}\n"
+    assert issubclass(getattr(errors, told["kind"]), errors.Dm3dError)
 
 
 @pytest.mark.parametrize(("command", "key"), [("models", "models"), ("devices", "devices"), ("doctor", "packages")])
@@ -142,7 +153,7 @@ def test_report_renders_again_and_prints_one_document(cli, run_copy):
 def test_a_build_that_fails_shows_no_old_report(cli, run_copy, tiny_frames):
     line = ("build", "--model", TINY, "--frames", run_copy / "none", "--target", "0.5", "--out", run_copy)
     code, out, err = cli(*line, "--device", "orin", "--json")
-    assert (code, out) == (4, "")
+    assert (code, list(json.loads(out))) == (4, ["error"])
     assert "there is no file or folder" in err
 
 

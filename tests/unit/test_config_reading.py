@@ -30,6 +30,7 @@ def test_centerpoint_by_name():
     config = load_config("centerpoint")
     assert {"centerpoint", "centerpoint-slim", *NAMED} == set(detector_names())
     assert (config.name, config.dataset) == ("centerpoint", "NuScenesDataset")
+    assert config.estimates_velocity
     assert config.voxels.grid_zyx == (40, 1024, 1024)
     assert (config.voxels.max_voxels, config.voxels.max_points_per_voxel) == (120_000, 10)
     assert config.voxels.columns == ("x", "y", "z", "intensity", "timestamp")

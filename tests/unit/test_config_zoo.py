@@ -26,6 +26,7 @@ def text_of(name):
 
 def test_second_is_read():
     config = load_config("second")
+    assert not config.estimates_velocity
     assert (config.backbone_3d.name, config.backbone_3d.channels, config.backbone_3d.blocks, config.pillars) == (
         "VoxelBackBone8x", (16, 16, 32, 64, 64, 128), 2, None,
     )  # fmt: skip

@@ -61,6 +61,13 @@ def test_every_float_comes_back_as_it_was(tmp_path: Path, rows: list[tuple[list[
     assert_same(written, read_kitti_text(tmp_path / "d.txt", NAMES), velocity=False)
 
 
+def test_velocities_that_no_head_estimates_are_null() -> None:
+    row = np.array([[0.1, 2, 3, 4, 5, 6, 0.7, 0, 0, 0.3]], np.float32)
+    data = detections_to_json(detections_of(row, [1]), frame="f", moving=False)
+    assert data["boxes"][0]["velocity_mps"] is None
+    assert_same(detections_from_json(data, source="s")[0], detections_of(row, [1]))
+
+
 def test_numbers_are_written_short_and_named() -> None:
     row = np.array([[0.1, 2, 3, 4, 5, 6, 0.7, 8, 9, 0.3]], np.float32)
     data = detections_to_json(detections_of(row, [1]), frame="f")

@@ -105,7 +105,8 @@ def test_torch_and_safetensors_tell_the_same(tiny_run, tmp_path):
     one, two = describe_path(source), describe_path(tmp_path / "w.pth")
     for key in ("looks_like", "tensors_total", "numbers_total", "non_finite_total"):
         assert one[key] == two[key]
-    assert "CenterPoint with 1, 2, 2, 1, 2, 2 classes per task, of no configuration" in one["looks_like"]
+    parts = "a residual 3D backbone, a centre head with 1, 2, 2, 1, 2, 2 classes per task"
+    assert one["looks_like"] == f"{parts}; of no configuration known here"
 
 
 def test_bfloat16_and_types_that_numpy_lacks(tmp_path):
@@ -135,7 +136,7 @@ def test_a_known_model_is_guessed_by_its_tasks_and_width(tmp_path):
         (18, "backbone_3d.conv_out.0.weight", "second, by its classes per task"),
         (50, "backbone_3d.conv_out.0.weight", "second-once, by its classes per task"),
         (18, "vfe.pfn_layers.0.linear.weight", "pointpillars, by its classes per task"),
-        (7, "vfe.pfn_layers.0.linear.weight", "an anchor head with 7 class scores a cell, of no configuration known"),
+        (7, "vfe.pfn_layers.0.linear.weight", "pillars, an anchor head of 7 scores a cell; of no configuration known"),
     ],
 )
 def test_anchor_heads_are_guessed_too(tmp_path, scores, before, told):

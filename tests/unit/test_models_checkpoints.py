@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_counted_and_the_first_five_named(source, target, t
     gone = [name for name in state if name.startswith("backbone_2d.")]
     for name in gone:
         del state[name]
-    state |= {f"module.extra.{i}": torch.zeros(1) for i in range(7)}
+    state |= {f"dense_head.x.{i}": torch.zeros(1) for i in range(7)}
     state["dense_head.shared_conv.0.weight"] = torch.zeros(8, 8, 3, 3)
     state["global_step"] = torch.zeros(1)
     with pytest.raises(CheckpointError) as caught:
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_counted_and_the_first_five_named(source, target, t
     assert "does not fit small" in text
     assert f"{len(gone)} missing: {', '.join(gone[:5])}, …" in text
     assert gone[5] not in text
-    assert "7 unexpected: module.extra.0, module.extra.1, module.extra.2, module.extra.3, module.extra.4, …" in text
+    assert "7 unexpected: dense_head.x.0, dense_head.x.1, dense_head.x.2, dense_head.x.3, dense_head.x.4, …" in text
     assert "2 misshapen: global_step float (1,) for integer (1,)" in text
     assert "dense_head.shared_conv.0.weight float (8, 8, 3, 3) for float (8, 18, 3, 3)" in text
     assert "configuration" in caught.value.fix
