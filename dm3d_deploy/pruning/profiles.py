@@ -41,7 +41,11 @@ class TimeCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimes:
-    """One layer: its dense time, and a curve for each pattern that changes it. Any other pattern takes `dense_ms`."""
+    """One layer: its dense time, and a curve for each pattern that changes it. Any other pattern takes `dense_ms`.
+
+    A layer of a block that goes ("depth") is in no graph and takes none: the block's identity is its input as it came,
+    without norm and ReLU.
+    """
 
     layer: str
     part: str
@@ -59,6 +63,8 @@ class LayerTimes:
 
     def ms(self, pattern: str, share: float) -> float:
         """Milliseconds of the layer in a pattern that runs `share` of its multiplications."""
+        if pattern == "depth":
+            return 0.0
         curve = self.curves.get(pattern)
         return self.dense_ms if curve is None or share >= 1 else curve.at(share)
 

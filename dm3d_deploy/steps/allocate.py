@@ -87,12 +87,12 @@ def _with_whole(
     offered = {cast(Pattern, pattern) for device in devices_from(recipe.device) for pattern in device.patterns}
     mixed = recipe.patterns == "auto" and bool(offered)
     found: list[Candidate] = []
-    refused: InfeasibleBudget | None = None
+    refused: list[InfeasibleBudget] = []
     if mixed or recipe.max_distortion is not None or (recipe.patterns == "auto" and profile is not None):
         try:
             found += candidates_of(recipe, offer.items, lambda items, limit: _solve(recipe, items, prices, limit))
         except InfeasibleBudget as error:
-            refused = error
+            refused.append(error)
     if recipe.max_distortion is not None:
         return found  # within a distortion: patterns only
     budget = _budget(recipe, prices.dense)
@@ -103,9 +103,9 @@ def _with_whole(
             else timed_candidates(run, profile, budget)
         )
     except InfeasibleBudget as error:
-        refused = error
-    if not found and refused is not None:
-        raise refused
+        refused.append(error)
+    if not found and refused:
+        raise min(refused, key=lambda error: error.cheapest)
     return found
 
 

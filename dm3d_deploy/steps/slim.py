@@ -86,7 +86,12 @@ def timed_candidates(run: RunContext, profile: Profile, budget: Budget) -> list[
         if best is not None:
             found.append(Candidate(name="channels and blocks" if blocks else "channels", allocation=best))
     if not found:
-        raise _too_slow(budget, _timed(whole, _narrowest(whole), times, budget)[1])
+        least = _narrowest(whole)
+        choices, least_ms = _timed(whole, least, times, budget)
+        if least_ms > budget.limit:
+            raise _too_slow(budget, least_ms)
+        allocation = replace(_allocation(whole, choices, least, budget, least_ms), lower_bound=0.0)
+        found.append(Candidate(name="channels and blocks", allocation=allocation))
     return found
 
 
@@ -259,8 +264,13 @@ def block_distortions(run: RunContext, layers: Sequence[Layer]) -> dict[str, flo
 
 def _narrowest(whole: Whole) -> Slimming:
     """Every group at its least width, and no residual block."""
-    widths = {name: int(curve.widths[-1]) for name, curve in whole.curves.items()}
-    return Slimming(widths=widths, dropped=tuple(whole.blocks), distortion=0.0, cost=0.0, lower_bound=0.0)
+    gone = {group.name for group in whole.groups if group.block in whole.blocks}
+    widths = {
+        name: int(curve.widths[-1])
+        for name, curve in whole.curves.items()
+        if name not in gone and curve.widths[-1] < curve.widths[0]
+    }
+    return Slimming(widths=widths, dropped=tuple(sorted(whole.blocks)), distortion=0.0, cost=0.0, lower_bound=0.0)
 
 
 def _too_slow(budget: Budget, least_ms: float) -> InfeasibleBudget:

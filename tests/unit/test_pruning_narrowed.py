@@ -174,3 +174,42 @@ def test_widths_within_a_time_take_it_by_the_profile(monkeypatch):
     with pytest.raises(InfeasibleBudget, match="target of 2 ms cannot be reached: at the narrowest widths") as caught:
         slim.timed_candidates(None, profile, Budget(value=2 / 6, denominator=6.0, unit="ms"))
     assert caught.value.cheapest > 2 / 6
+
+
+def sparse(name, inputs):
+    return Layer(name=name, part="3d", kind="sparse", shape=(8, 3, 3, 3, inputs), positions=np.full(27, 10.0))
+
+
+def test_a_block_that_goes_takes_no_time_and_the_cheapest_that_is_named_is_reached(monkeypatch):
+    """Of eight milliseconds two are fixed and two are the block's; the map's first layer never takes less than half."""
+    block = "backbone_3d.conv1.0"
+    stem, first, second = (
+        sparse("backbone_3d.conv_input.0", 4),
+        sparse(f"{block}.conv1", 8),
+        sparse(f"{block}.conv2", 8),
+    )
+    layers = (stem, first, second, *LAYERS[:-1])
+    line = TimeCurve(share=np.array([0.5, 1.0]), ms=np.array([0.5, 1.0]))
+    times = tuple(
+        LayerTimes(layer=x.name, part=x.part, kind=x.kind, shape=x.shape, dense_ms=1.0, curves={"channel": line})
+        for x in layers
+    )
+    profile = Profile(
+        standing="measured", device="d", model="m", precision="fp16", voxels=1, clock="c", band={},
+        fixed_ms={"3d": 2.0}, layers=times, stamp={}, notes=(),
+    )  # fmt: skip
+    curves = {first.name: curve(first.name, 8), LAYERS[0].name: curve(LAYERS[0].name, 16)}
+    whole = slim.Whole(
+        every=layers, layers=layers[:4], groups=channel_groups(layers), curves=curves, blocks={block: 0.5}
+    )
+    monkeypatch.setattr(slim, "_whole", lambda run: whole)
+    with pytest.raises(InfeasibleBudget, match=r"without residual blocks, 5\.5 ms of 8 ms are left") as caught:
+        slim.timed_candidates(None, profile, Budget(value=0.5, denominator=8.0, unit="ms"))
+    assert caught.value.fix == "raise --target to 5.500ms or more"
+    monkeypatch.setattr(slim, "TIME_BISECTIONS", 1)  # as where no share tried meets the narrowest widths
+    (found,) = slim.timed_candidates(None, profile, Budget(value=5.5 / 8, denominator=8.0, unit="ms"))
+    assert found.allocation.dropped == (block,)
+    assert found.allocation.widths == {LAYERS[0].name: 4}
+    assert found.allocation.cost == 5.5
+    assert found.allocation.distortion == pytest.approx(1.5)
+    assert planned_time(profile, layers[:4], found.allocation.choices)["planned_ms"] == 5.5
