@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,7 @@ class _Judge:
         if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["key"] == key:
             return
         watch.started("held out", "hold it against frames that chose nothing")
+        began = time.perf_counter()
         frames = frames_of(run, "held_out")
         if self._dense is None:
             self._dense = outputs_of(run, run.path("dense_weights"), frames, lambda _: None)
@@ -121,7 +123,7 @@ class _Judge:
         simulated = all(info[frame]["path"] is None for frame in frames)
         row = {"key": key, "frames": labels, "simulated": simulated, "masked": before, "recovered": after}
         write_json(path, row)
-        watch.finished("held out", 0.0, False)
+        watch.finished("held out", time.perf_counter() - began, False)
 
     def _distortions(self, run: RunContext, weights: Path, frames: tuple[int, ...]) -> list[float]:
         total = len(frames)

@@ -31,7 +31,7 @@ class TerminalWatch:
             transient=True,
         )
         self.task: TaskID | None = None
-        self.description = ""
+        self.says = ""
 
     def __enter__(self) -> TerminalWatch:
         self.progress.start()
@@ -44,9 +44,9 @@ class TerminalWatch:
 
     def started(self, stage: str, says: str) -> None:
         """Show a bar that does not know its length yet."""
-        self.description = f"{stage:<{NAME_WIDTH}}  {says}"
+        self.says = says
         self._drop()
-        self.task = self.progress.add_task(self.description, total=1)
+        self.task = self.progress.add_task(f"{stage:<{NAME_WIDTH}}  {says}", total=1)
 
     def advanced(self, done: int, total: int) -> None:
         """Move the bar."""
@@ -57,7 +57,8 @@ class TerminalWatch:
         """Replace the bar by one line."""
         self._drop()
         mark, when = ("[dim]=[/]", "[dim]up to date[/]") if fresh else ("[green]✓[/]", f"{seconds:6.1f} s")
-        self.console.print(f"{mark} {stage:<{NAME_WIDTH}}  [dim]{SAYS[stage]:<40}[/] {when}", highlight=False)
+        says = SAYS.get(stage, self.says)  # a stage that is up to date was never started, other work always was
+        self.console.print(f"{mark} {stage:<{NAME_WIDTH}}  [dim]{says:<40}[/] {when}", highlight=False)
 
     def noted(self, text: str) -> None:
         """Print a note above the bar."""

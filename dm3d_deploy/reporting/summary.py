@@ -112,7 +112,7 @@ def _findings(report: Mapping[str, Any]) -> Table:
 
 def _failure(comparison: Mapping[str, Any]) -> str:
     relative = comparison["max_relative"]
-    found = "not finite" if relative is None else f"relative {facts.significant(relative)}"
+    found = comparison["detail"] or "not finite" if relative is None else f"relative {facts.significant(relative)}"
     return f"{comparison['output']}: {found}, wanted {comparison['tolerance']}"
 
 

@@ -16,9 +16,8 @@ from dm3d_deploy.device import devices_from, rtx_targets, stamp_here
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.plan_facts import PLANS, plan_refusal
 from dm3d_deploy.pointcloud import PointCloud
-from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.stages import FILES, RunContext
-from dm3d_deploy.steps.layers import read_allocation, read_group_curves, read_layers
+from dm3d_deploy.steps.layers import narrowing_of
 
 if TYPE_CHECKING:
     from dm3d_deploy.models.detector import Detector
@@ -72,9 +71,7 @@ def without_channels(run: RunContext, detector: Detector) -> Detector:
     from dm3d_deploy.models.checkpoints import save_weights
     from dm3d_deploy.models.surgery import smaller_detector
 
-    allocation = read_allocation(run.path("allocation"))
-    curves = read_group_curves(run.path("channels"))
-    narrow = Narrowing(read_layers(run.path("layers")), curves, allocation.widths, allocation.dropped)
+    narrow = narrowing_of(run)
     if not narrow.sides and not narrow.dropped:
         return detector
     small = smaller_detector(detector, narrow.sides, narrow.dropped)

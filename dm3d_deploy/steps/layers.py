@@ -11,6 +11,8 @@ import numpy as np
 
 from dm3d_deploy.pruning.channels import GroupCurve
 from dm3d_deploy.pruning.contracts import Allocation, Budget, Choice, Curve, Kind, Layer, Part
+from dm3d_deploy.pruning.narrowed import Narrowing
+from dm3d_deploy.stages import RunContext
 
 if TYPE_CHECKING:
     from dm3d_deploy.models.detector import Detector
@@ -158,3 +160,9 @@ def read_curves(path: Path) -> list[Curve]:
         )
         for row in rows
     ]
+
+
+def narrowing_of(run: RunContext) -> Narrowing:
+    """What the run's allocation leaves of every layer."""
+    allocation, curves = read_allocation(run.path("allocation")), read_group_curves(run.path("channels"))
+    return Narrowing(read_layers(run.path("layers")), curves, allocation.widths, allocation.dropped)

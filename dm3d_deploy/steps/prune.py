@@ -18,7 +18,6 @@ from dm3d_deploy.pruning.contracts import Curve, Layer, Pattern
 from dm3d_deploy.pruning.curves import layer_curve
 from dm3d_deploy.pruning.groups import ChannelGroup, channel_groups
 from dm3d_deploy.pruning.macs import executed_macs, kept_macs
-from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.pruning.normalisation import output_scale
 from dm3d_deploy.pruning.patterns import eligible_patterns, is_2_4, ratio_grid, taps_from_native
 from dm3d_deploy.pruning.sensitivity import relative
@@ -31,8 +30,8 @@ from dm3d_deploy.steps.layers import (
     in_scope,
     layers_as_json,
     layers_of,
+    narrowing_of,
     read_allocation,
-    read_group_curves,
     read_layers,
 )
 
@@ -178,10 +177,8 @@ def _curve_as_json(curve: Curve) -> dict[str, Any]:
 
 def mask(run: RunContext) -> None:
     """Turn the allocation into masks, and count what they keep and what hardware then executes."""
-    layers = read_layers(run.path("layers"))
-    allocation = read_allocation(run.path("allocation"))
-    masks = {m.layer: m for m in masks_in(run, allocation)}
-    narrow = Narrowing(layers, read_group_curves(run.path("channels")), allocation.widths, allocation.dropped)
+    layers, narrow = read_layers(run.path("layers")), narrowing_of(run)
+    masks = {m.layer: m for m in masks_in(run, read_allocation(run.path("allocation")))}
     rows = []
     for layer in layers:
         found = masks.get(layer.name)

@@ -24,6 +24,7 @@ from dm3d_deploy.reporting.detection_files import detections_to_json
 from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps.deploy import shown_cloud
 from dm3d_deploy.steps.frame_work import Maps, Pieces, distortions, frames_of, outputs_of
+from dm3d_deploy.steps.layers import narrowing_of
 
 BACKBONE_TOLERANCE = Tolerance(max_relative=1e-3, min_cosine=0.9999)
 HEAD_TOLERANCE = {
@@ -55,7 +56,8 @@ def verify(run: RunContext) -> None:
     for variant in VARIANTS:
         deployed = load_run(run.root, variant=variant)
         rois = _rois(run, shown, deployed.config)
-        rows, detections = _compare(deployed, _voxels(run, shown), rois, outputs[variant][shown], run.recipe.precision)
+        maps = exported_maps(run, outputs[variant][shown]) if variant == "pruned" else outputs[variant][shown]
+        rows, detections = _compare(deployed, _voxels(run, shown), rois, maps, run.recipe.precision)
         parity += rows
         moving = deployed.config.estimates_velocity
         write_json(run.path(f"{variant}_detections"), detections_to_json(detections, frame=label, moving=moving))
@@ -95,6 +97,15 @@ def _before_recovery(
     pieces.next_job(len(frames))
     masked.unlink()
     return _distortions(run, dense, dict(zip(frames, found, strict=True)), frames)
+
+
+def exported_maps(run: RunContext, maps: Maps) -> Maps:
+    """The masked detector's outputs without the channels of its bird's-eye map that the graphs have no more."""
+    narrow = narrowing_of(run)
+    reader = next((layer.name for layer in narrow.layers if layer.part == "2d"), None)  # in the order of the network
+    if reader not in narrow.sides:
+        return maps
+    return {**maps, "bev": maps["bev"][:, narrow.sides[reader][0]]}
 
 
 def _voxels(run: RunContext, frame: int) -> Voxels:
