@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from dm3d_deploy.errors import FrameError, UsageError
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Voxels
 from dm3d_deploy.pruning.contracts import Layer
-from dm3d_deploy.pruning.estimate import estimated_profile
+from dm3d_deploy.pruning.estimate import estimable, estimated_profile
 from dm3d_deploy.pruning.profiles import Profile, check_model, profile_as_json, profile_from_text
 from dm3d_deploy.recipe import Recipe
 
@@ -85,6 +86,18 @@ def _only_device(names: str) -> str:
     return devices[0].name
 
 
+def bare_layers(detector: Detector) -> tuple[Layer, ...]:
+    """A detector's layers where no frame has told what their taps multiply: each of a sparse layer once."""
+    from dm3d_deploy.models.detector import prunable_layers
+    from dm3d_deploy.steps.layers import layers_of
+
+    once = {
+        layer.name: np.ones(math.prod(layer.weight.shape[1:-1]) if layer.kind == "sparse" else 1)
+        for layer in prunable_layers(detector)
+    }
+    return layers_of(detector, [once])
+
+
 def cells_read(detector: Detector, layers: Sequence[Layer]) -> dict[str, int]:
     """Map cells that each 2D layer reads, by name: its positions, times its stride where it is a convolution."""
     from torch import nn
@@ -131,6 +144,8 @@ def profile(
     check_profiled(config)
     detector = build_detector(config)
     seed_weights(detector, seed)
+    if device != HERE:
+        estimable(bare_layers(detector), device_named(device))
     clouds = _frames(model, frames, seed)
     layers = _layers(detector, clouds)
     name = Path(model).stem

@@ -26,6 +26,12 @@ UNTIMED = {  # what the linear layers of a part are
 }
 
 
+def estimable(layers: Sequence[Layer], device: Device) -> model.Figures:
+    """The figures that these layers' times on a device can be estimated from; UsageError where there are none."""
+    model.check_layers(layers)
+    return model.figures_of(device)
+
+
 def estimated_profile(
     layers: Sequence[Layer], cells_in: Mapping[str, int], device: Device, *, voxels: int, model_name: str
 ) -> Profile:
@@ -33,8 +39,7 @@ def estimated_profile(
 
     UsageError where the model refuses: see `latency_model`.
     """
-    figures = model.figures_of(device)
-    model.check_layers(layers)
+    figures = estimable(layers, device)
     untold = {(layer.kind, layer.part) for layer in layers}
     sparse_macs = math.fsum(layer.macs for layer in layers if layer.kind == "sparse")
     variable, fixed = model.sparse_stage_ms(voxels / 1e3, figures) if sparse_macs else (0.0, 0.0)

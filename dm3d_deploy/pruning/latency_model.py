@@ -9,7 +9,7 @@ Every number that comes from here is an estimate and is called so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,8 @@ TILES = ((256, 128, 1.0), (128, 128, 1.0), (128, 64, 1.0), (64, 64, 1.12), (128,
 CORRECTION = {"sm_87": 0.88}  # the uncorrected model is 18.6 % above CUDA-CenterPoint's BEV + head on an Orin
 CHANNELS = (64, 512)
 KILOVOXELS = (15.0, 135.0)
-SPARSE_WIDTHS = (16, 32, 64, 128)  # output channels of the backbone whose totals were published
+# Taps and output channels, layer by layer, of the backbone whose totals were published: VoxelResBackBone8x.
+SPARSE_LAYERS = (*((27, outputs) for outputs in (16, 32, 64, 128) for _ in range(5)), (3, 128))
 SPARSE_CURVE: dict[Precision, tuple[float, float, float]] = {
     "fp16": (10.36, -0.0465, 0.001751),
     "int8": (6.78, -0.01755, 0.0011556),
@@ -151,16 +152,16 @@ def check_voxels(kilovoxels: float) -> None:
 
 
 def check_layers(layers: Iterable[Layer]) -> None:
-    """UsageError for layers that no published time speaks for: other 3D widths, 2D inputs outside 64 to 512.
+    """UsageError for layers that no published time speaks for: another 3D backbone, 2D inputs outside 64 to 512.
 
     Linear layers are those of pillars, which the estimate leaves out.
     """
     all_layers = tuple(layers)
-    widths = tuple(sorted({layer.outputs for layer in all_layers if layer.kind == "sparse"}))
-    if widths and widths != SPARSE_WIDTHS:
+    sparse = tuple((layer.taps, layer.outputs) for layer in all_layers if layer.kind == "sparse")
+    if sparse and sparse != SPARSE_LAYERS:
         raise UsageError(
-            f"the published times of the 3D stage are of a backbone with {_words(SPARSE_WIDTHS)} channels; this one "
-            f"has {_words(widths)}.",
+            f"the published times of the 3D stage are of CenterPoint's residual backbone, {_words(SPARSE_LAYERS)}; "
+            f"this one has {_words(sparse)}.",
             fix=MEASURE,
         )
     low, high = CHANNELS
@@ -172,5 +173,6 @@ def check_layers(layers: Iterable[Layer]) -> None:
             )
 
 
-def _words(numbers: Iterable[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
+def _words(layers: Sequence[tuple[int, int]]) -> str:
+    widths = (f"{sum(own == width for _, own in layers)} of {width}" for width in sorted({own for _, own in layers}))
+    return f"{len(layers)} layers ({', '.join(widths)} channels)"

@@ -24,8 +24,9 @@ from dm3d_deploy.pruning.latency_model import (
 ORIN = figures_of(device_named("orin"))
 
 
-def sparse(name: str, outputs: int) -> Layer:
-    return Layer(name=name, part="3d", kind="sparse", shape=(outputs, 1, 1, 1, 4), positions=np.ones(1))
+def sparse(name: str, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> Layer:
+    shape = (outputs, *kernel, 4)
+    return Layer(name=name, part="3d", kind="sparse", shape=shape, positions=np.ones(int(np.prod(kernel))))
 
 
 def conv(name: str, inputs: int) -> Layer:
@@ -53,11 +54,18 @@ def test_voxels_outside_the_published_frames_are_refused(kilovoxels: float) -> N
         sparse_stage_ms(kilovoxels, ORIN)
 
 
-def test_other_widths_are_refused_with_both_named() -> None:
-    published = [sparse(str(width), width) for width in (16, 32, 64, 128)]
+def test_another_backbone_is_refused_with_both_named() -> None:
+    published = [sparse(f"{width}.{n}", width) for width in (16, 32, 64, 128) for n in range(5)]
+    published.append(sparse("out", 128, (3, 1, 1)))
     check_layers([*published, conv("a", 64), conv("b", 512)])
-    with pytest.raises(UsageError, match=r"backbone with 16, 32, 64, 128 channels; this one has 16, 32, 64\."):
-        check_layers(published[:3])
+    words = r"residual backbone, 21 layers \(5 of 16, 5 of 32, 5 of 64, 6 of 128 channels\); this one has "
+    with pytest.raises(UsageError, match=words + r"15 layers \(5 of 16, 5 of 32, 5 of 64 channels\)\..*--device here"):
+        check_layers(published[:15])
+    plain = [sparse(str(n), width) for n, width in enumerate((16, 16, 32, 32, 32, 64, 64, 64, 64, 64, 64, 128))]
+    with pytest.raises(UsageError, match=words + r"12 layers \(2 of 16, 3 of 32, 6 of 64, 1 of 128 channels\)"):
+        check_layers(plain)
+    with pytest.raises(UsageError, match=words):
+        check_layers([*published[:-1], sparse("out", 128, (3, 3, 3))])
     for inputs in (63, 513):
         with pytest.raises(UsageError, match=f"b has {inputs} input channels; the estimate was checked for 64 to 512"):
             check_layers([*published, conv("b", inputs)])

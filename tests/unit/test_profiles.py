@@ -16,18 +16,19 @@ from dm3d_deploy.pruning.latency_model import SPARSE_FIXED_MS, figures_of, spars
 from dm3d_deploy.pruning.profiles import LayerTimes, Profile, TimeCurve, check_model, profile_as_json, profile_from_text
 
 
-def sparse(name: str, inputs: int, outputs: int) -> Layer:
-    return Layer(
-        name=name, part="3d", kind="sparse", shape=(outputs, 1, 1, 3, inputs), positions=np.array([10.0, 90.0, 12.0])
-    )
+def sparse(name: str, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> Layer:
+    positions = np.linspace(10.0, 90.0, int(np.prod(kernel)))
+    return Layer(name=name, part="3d", kind="sparse", shape=(outputs, *kernel, inputs), positions=positions)
 
 
 def conv(name: str, inputs: int, outputs: int, part: str = "2d") -> Layer:
     return Layer(name=name, part=part, kind="conv2d", shape=(outputs, inputs, 3, 3), positions=np.full(9, 16_384.0))
 
 
+SPARSE = [sparse(f"s{width}.{n}", width, width) for width in (16, 32, 64, 128) for n in range(5)]
+SPARSE.append(sparse("out", 128, 128, (3, 1, 1)))
 LAYERS = [
-    *(sparse(f"s{width}", width, width) for width in (16, 32, 64, 128)),
+    *SPARSE,
     conv("c", 256, 256),
     conv("d", 128, 64),
     Layer(name="u", part="2d", kind="deconv2d", shape=(256, 256, 2, 2), positions=np.full(4, 4096.0)),
@@ -94,7 +95,7 @@ def test_a_file_that_is_not_there(tmp_path) -> None:
 def test_another_model_is_refused_with_both_sides() -> None:
     check_model(estimate(), LAYERS, "centerpoint")
     with pytest.raises(UsageError, match="the build of 'slim': d is conv2d 64x128x3x3 there, conv2d"):
-        check_model(estimate(), [*LAYERS[:5], conv("d", 64, 64), *LAYERS[6:]], "slim")
+        check_model(estimate(), [*LAYERS[:22], conv("d", 64, 64), *LAYERS[23:]], "slim")
     with pytest.raises(UsageError, match="h is conv2d 3x64x3x3 there, absent here"):
         check_model(estimate(), LAYERS[:-1], "slim")
     with pytest.raises(UsageError, match="new is absent there"):
@@ -119,14 +120,16 @@ def test_estimates_outside_what_was_published_are_refused() -> None:
 
 def test_only_what_changes_the_time_is_cheaper() -> None:
     times, by_name = estimate().times(), {layer.name: layer for layer in LAYERS}
-    wide, narrow, tiled = by_name["c"], by_name["d"], by_name["s64"]
+    wide, narrow, tiled = by_name["c"], by_name["d"], by_name["s64.2"]
     dense = times["c"].dense_ms
     assert time_costs(times["c"], wide, [choice(wide, "unstructured", 0.9)]) == pytest.approx([dense])
     assert time_costs(times["c"], wide, [choice(wide, "2:4", 0.5), choice(wide, "2:4", 0.9)]) == pytest.approx(
         [dense / 1.17] * 2
     )
     assert time_costs(times["d"], narrow, [choice(narrow, "2:4", 0.5)]) == pytest.approx([times["d"].dense_ms])
-    assert time_costs(times["s64"], tiled, [choice(tiled, "tile", 0.75)]) == pytest.approx([times["s64"].dense_ms / 4])
+    assert time_costs(times["s64.2"], tiled, [choice(tiled, "tile", 0.75)]) == pytest.approx(
+        [times["s64.2"].dense_ms / 4]
+    )
 
 
 def test_fewer_channels_are_never_slower_than_the_waves_say() -> None:
@@ -137,8 +140,8 @@ def test_fewer_channels_are_never_slower_than_the_waves_say() -> None:
 
 
 def test_a_plan_says_its_parts_and_what_is_fixed() -> None:
-    profile, layers = estimate(), LAYERS[:6]
-    choices = [choice(layer, "tile", 0.5) for layer in LAYERS[:4]] + [choice(LAYERS[4], "2:4", 0.5)]
+    profile, layers = estimate(), LAYERS[:23]
+    choices = [choice(layer, "tile", 0.5) for layer in SPARSE] + [choice(LAYERS[21], "2:4", 0.5)]
     plan = planned_time(profile, layers, choices)
     parts = plan["by_part"]
     assert plan["dense_ms"] == pytest.approx(profile.dense_ms)

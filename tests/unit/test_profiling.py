@@ -1,5 +1,7 @@
 """The verb: a profile of this machine is measured and fits its model, one of a device is an estimate or a refusal."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from run_sample import TINY, tiny_recipe
@@ -9,7 +11,7 @@ from dm3d_deploy.config import load_config
 from dm3d_deploy.device import device_named
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.models.detector import build_detector
-from dm3d_deploy.profiling import cells_read, profile, profile_for_build, read_profile
+from dm3d_deploy.profiling import bare_layers, cells_read, profile, profile_for_build, read_profile
 from dm3d_deploy.pruning.contracts import Layer
 from dm3d_deploy.pruning.estimate import estimated_profile
 from dm3d_deploy.steps.layers import layers_of
@@ -30,9 +32,7 @@ def here(tiny_frames, tmp_path_factory):
 
 def tiny_layers() -> tuple[object, tuple[Layer, ...]]:
     detector = build_detector(load_config(str(TINY)))
-    sparse = dict(detector.backbone_3d.convolutions())
-    ones = {f"backbone_3d.{name}": np.ones(np.prod(conv.kernel), np.int64) for name, conv in sparse.items()}
-    return detector, layers_of(detector, [ones])
+    return detector, bare_layers(detector)
 
 
 def test_every_layer_is_measured_and_stamped(here) -> None:
@@ -70,7 +70,9 @@ def test_a_time_is_that_of_one_device() -> None:
     with pytest.raises(UsageError, match=r"a time is that of one device, and --device orin,a30 means orin, a30.*NAME"):
         profile_for_build(recipe, detector, layers, voxels=60_000, model_name="m")
     alone = tiny_recipe("f", target=None, target_ms=1.0, cost="latency", device="orin")
-    with pytest.raises(UsageError, match="published times of the 3D stage are of a backbone with 16, 32, 64, 128"):
+    with pytest.raises(
+        UsageError, match="published times of the 3D stage are of CenterPoint's residual backbone, 21 layers"
+    ):
         profile_for_build(alone, detector, layers, voxels=60_000, model_name="m")
 
 
@@ -115,6 +117,11 @@ def test_pillars_are_measured_here_by_their_whole_graph(tmp_path) -> None:
     assert found.fixed_ms["3d"] > 0
     assert [row.dense_ms > 0 for row in found.layers] == [row.kind != "linear" for row in found.layers]
     assert any(note.startswith("the pillars' graph as a whole") for note in found.notes)
+
+
+def test_a_plain_backbone_has_no_estimate() -> None:
+    with pytest.raises(UsageError, match=r"21 layers .*; this one has 12 layers .*Fix: measure it there"):
+        profile("second", device="orin", voxels=60_000, out=Path("never-written.json"))
 
 
 @pytest.mark.parametrize("device", ["here", "orin"])
