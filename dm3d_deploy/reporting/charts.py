@@ -35,6 +35,7 @@ INK = {
 }
 ROW_PX = 20.0
 MOST_SHARES = 5  # as many labels as stand side by side
+LEAST_SHARES = 0.1  # of the axis: points of one budget differ by less than a thousandth
 TOP_PX = 26.0
 BOTTOM_PX = 28.0
 EXECUTED_OPACITY = 0.38
@@ -257,6 +258,14 @@ def latency_chart(entries: Sequence[Mapping[str, Any]], name: str) -> str:
     return _draw(f"latency-{name}", "Latency of each stage, dense and pruned", 530, height, paint)
 
 
+def _ticks_around(values: Sequence[float]) -> list[float]:
+    """Of ..., 1, 2, 5, 10, ... those within the values' range (all positive), and the next on both sides."""
+    first, last = (math.floor(math.log10(end(values))) for end in (min, max))
+    steps = [step * 10.0**power for power in range(first, last + 2) for step in (1, 2, 5)]
+    low, high = max(x for x in steps if x <= min(values)), min(x for x in steps if x >= max(values))
+    return [x for x in steps if low <= x <= max(high, 2.5 * low)]
+
+
 def pareto_chart(
     lines: Mapping[str, Sequence[tuple[float, float]]], name: str, *, title: str, logarithmic: bool
 ) -> str:
@@ -277,6 +286,9 @@ def pareto_chart(
         axes.set_axisbelow(True)
         if logarithmic:
             axes.set_yscale("log")
+            ticks = _ticks_around([y for points in lines.values() for _, y in points])
+            axes.set_yticks(ticks)
+            axes.set_ylim(ticks[0] / 1.1, ticks[-1] * 1.1)
             axes.minorticks_off()
         for row, (method, points) in enumerate(lines.items()):
             x, y = zip(*sorted(points), strict=True)
@@ -291,6 +303,9 @@ def pareto_chart(
             axes.plot([1.06], [at], transform=axes.transAxes, clip_on=False, **style)
             axes.text(1.1, at, method, transform=axes.transAxes, va="center", color=INK["ink"], fontsize=TEXT_PX)
         axes.yaxis.set_major_formatter(lambda value, _: significant(value, 2))
+        left, right = axes.get_xlim()
+        room = max(0.0, LEAST_SHARES - (right - left)) / 2
+        axes.set_xlim(left - room, right + room)
         kept = sorted({round(x, 2) for points in lines.values() for x, _ in points})
         if len(kept) <= MOST_SHARES:
             axes.set_xticks(kept)

@@ -1,6 +1,7 @@
 """Tables of the measurements of pruning: by part, of curves, of scores, of 2:4; those themselves run by hand."""
 
 import importlib.util
+import re
 
 import numpy as np
 import pytest
@@ -114,3 +115,11 @@ def test_runs_of_several_recoveries_are_lines_of_their_own() -> None:
     drawn = pareto.pareto_chart(lines, "x", title="t", logarithmic=True)
     assert "50 %" in drawn
     assert "45 %" not in drawn  # ticks stand where runs are
+
+
+def test_points_of_one_budget_lie_close_and_both_axes_have_labels() -> None:
+    drawn = pareto.pareto_chart({"a": [(0.4998, 0.21)], "b": [(0.5, 0.44)]}, "x", title="t", logarithmic=True)
+    labels = re.findall(r">([0-9.]+(?: %)?)</text>", drawn)
+    assert labels == ["50 %", "0.20", "0.50"]
+    a, _, b, _ = (float(x) for x in re.findall(r"<use [^>]* x=\"([0-9.]+)\"", drawn))  # beside each its legend's
+    assert 0 < b - a < 5
