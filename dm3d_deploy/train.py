@@ -110,9 +110,8 @@ def _run(plan: TrainPlan, place: Place, stop: Stop, report: Report | None, note:
     else:
         progress = _run_team(job, report)
     if job.settings.share_done(progress) < 1:
-        option = "--resume" if job.plan.init is None else "--resume in place of --init"
         raise TrainingInterrupted(
-            f"interrupted: the training is saved at step {progress.step}, and the same command with {option} goes on "
+            f"interrupted: the training is saved at step {progress.step}, and the same command with --resume goes on "
             "from there",
             job.stop.number or signal.SIGTERM,
         )

@@ -28,7 +28,7 @@ from dm3d_deploy.training.checkpoint import Progress
 from dm3d_deploy.training.distill import distil, zeros_held
 from dm3d_deploy.training.grow import grow_weights, is_smaller
 from dm3d_deploy.training.log import Report
-from dm3d_deploy.training.loop import TrainSettings, check_trainable, train_detector
+from dm3d_deploy.training.loop import TrainingDiverged, TrainSettings, check_trainable, train_detector
 from dm3d_deploy.training.schedule import OneCycle
 from dm3d_deploy.training.start import start_weights
 from dm3d_deploy.training.stop import Stop
@@ -61,7 +61,7 @@ def place_of(processes: int | None) -> Place:
         return Place(rank=rank, size=size, device=_device(local, gpus), torchrun=True)
     size = (gpus or 2) if processes is None else processes
     if size < 1:
-        raise UsageError(f"{size} processes train nothing.", fix="use 1 or more")
+        raise UsageError(f"{size} processes train nothing.", fix="use --processes 1 or more")
     if gpus and size > gpus:
         raise UsageError(f"{size} processes cannot share {gpus} GPUs.", fix=f"use --processes {gpus}")
     return Place(rank=0, size=size, device=_device(0, gpus), torchrun=False)
@@ -93,6 +93,13 @@ class TrainJob:
 
     def run(self, team: Team, report: Report | None) -> Progress:
         """Train to the end, to the first error, or until it is asked to stop."""
+        try:
+            return self._trained(team, report)
+        except TrainingDiverged as error:
+            fix = self.plan.after_divergence(error.step)
+            raise TrainingDiverged(error.what, fix=fix, step=error.step) from None
+
+    def _trained(self, team: Team, report: Report | None) -> Progress:
         out, resume = Path(self.plan.out), self.plan.resume
         if self.teacher is not None:
             return distil(
@@ -161,7 +168,7 @@ class _Source:
 
 def _simulated(plan: TrainPlan, config: DetectorConfig, place: Place, stop: Stop) -> _Source:
     if plan.epochs is not None:
-        raise UsageError("simulated scenes never repeat, so they have no epochs.", fix="give minutes or steps")
+        raise UsageError("simulated scenes never repeat, so they have no epochs.", fix="give --minutes or --steps")
     return _Source(
         batches=SimulatedCrops(config, seed=plan.seed, rank=place.rank, crops=plan.crops),
         steps=None,

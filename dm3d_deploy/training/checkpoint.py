@@ -50,7 +50,7 @@ def load_training(out: Path, detector: Detector, optimiser: torch.optim.Optimize
     except UNREADABLE as error:
         raise CheckpointError(
             f"{path} holds weights but no state of a training: {type(error).__name__} {error}.",
-            fix="start from it with init instead of resume",
+            fix=f"start another from it: --init {path} in place of --resume, another --out",
         ) from None
 
 

@@ -49,7 +49,11 @@ Score = Callable[[Detector], Mapping[str, float | None] | None]
 
 
 class TrainingDiverged(Dm3dError):
-    """A loss or a gradient that is no number, seen by every process of a training alike."""
+    """A loss or a gradient that is no number behind `step` steps, seen by every process of a training alike."""
+
+    def __init__(self, what: str, *, fix: str, step: int) -> None:
+        super().__init__(what, fix=fix)
+        self.step = step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
-            raise UsageError("the length of a training is given once.", fix="give minutes, steps or epochs")
+            raise UsageError("the length of a training is given once.", fix="give minutes or steps")
         if not (self.minutes or self.steps or 0) > 0:
             raise UsageError(f"a training of {self.minutes or self.steps} cannot be.", fix="give a positive length")
         if not self.score_every_s > 0:
@@ -307,5 +311,6 @@ def _diverged(step: int, values: StepValues) -> TrainingDiverged:
     losses = ", ".join(f"{name} loss {value:g}" for name, value in values.losses.items())
     return TrainingDiverged(
         f"the training diverged at step {step}: {losses}, gradient norm {values.gradient_norm:g}.",
-        fix="resume from the last checkpoint, which is whole, or start again with a lower peak rate",
+        fix="start anew with a lower peak rate: resumed, it would diverge again",
+        step=step,
     )

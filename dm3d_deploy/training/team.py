@@ -54,7 +54,7 @@ class Team:
         except RuntimeError as error:
             raise Dm3dError(
                 f"a training process of {self.size} ended early: {str(error).splitlines()[0][:200]}.",
-                fix="read its message above, then continue with resume: the last checkpoint is whole",
+                fix="read its message above, then go on with --resume from the last checkpoint, if there is one",
             ) from None
         values /= self.size
 

@@ -16,6 +16,7 @@ from dm3d_deploy.config import config_from_text, load_config
 from dm3d_deploy.errors import StaleArtifact, UsageError
 from dm3d_deploy.evaluate import evaluate
 from dm3d_deploy.train import train
+from dm3d_deploy.training.log import STATE_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "fixtures" / "centerpoint-tiny.yaml"
@@ -136,8 +137,6 @@ def test_a_training_of_two_processes_leaves_weights_that_evaluate(tmp_path) -> N
 
 
 def test_settings_that_exclude_each_other(tmp_path) -> None:
-    with pytest.raises(UsageError, match="init and resume exclude each other"):
-        train(str(TINY), out=tmp_path, steps=1, init="a.pth", resume=True)
     with pytest.raises(UsageError, match="0 processes train nothing"):
         train(str(TINY), out=tmp_path, steps=1, processes=0)
     with pytest.raises(UsageError, match="length of a training is given once"):
@@ -146,5 +145,8 @@ def test_settings_that_exclude_each_other(tmp_path) -> None:
         train(str(TINY), out=tmp_path, steps=1, resume=True)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"holds no training to resume.*start one, without --resume"):
+        train(str(TINY), out=tmp_path, steps=1, resume=True)
+    (tmp_path / STATE_NAME).write_bytes(b"")
     with pytest.raises(StaleArtifact, match="is no plan of a training"):
         train(str(TINY), out=tmp_path, steps=1, resume=True)

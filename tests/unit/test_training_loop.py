@@ -200,8 +200,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path) 
         batch = batches(step)
         return batch if step < 3 else replace(batch, features=batch.features * float("nan"))
 
-    with pytest.raises(TrainingDiverged, match=r"diverged at step 3: heat loss nan.*resume from the last checkpoint"):
+    with pytest.raises(TrainingDiverged, match=r"at step 3: heat loss nan.*start anew with a lower peak rate") as told:
         train_detector(detector(), poisoned, settings_for(save_every_s=0.0), out=tmp_path)
+    assert told.value.step == 3
     load_checkpoint(build_detector(CONFIG), tmp_path / WEIGHTS_NAME)
     load_checkpoint(build_detector(CONFIG), tmp_path / STATE_NAME)
 
@@ -237,7 +238,7 @@ def test_resuming_nothing_and_resuming_bare_weights(tmp_path) -> None:
     with pytest.raises(CheckpointError, match=f"there is no checkpoint .*{STATE_NAME}"):
         train_detector(detector(), batches, settings_for(2), out=tmp_path, resume=True)
     torch.save({"model_state": detector().state_dict()}, tmp_path / STATE_NAME)
-    with pytest.raises(CheckpointError, match=r"holds weights but no state of a training: KeyError"):
+    with pytest.raises(CheckpointError, match=r"no state of a training: KeyError.*start another from it: --init"):
         train_detector(detector(), batches, settings_for(2), out=tmp_path, resume=True)
 
 
