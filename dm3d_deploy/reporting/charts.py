@@ -105,7 +105,9 @@ def _axes(figure: Figure, left: float, width: float, rows: int, bottom: float = 
 def _text(axes: Axes, x: float, y: float, text: str, *, align: str = "left", ink: str = "ink", **style: Any) -> None:
     """Text at a share of the width and a row, outside the data's scale."""
     style = {"fontsize": TEXT_PX, "va": "center", **style}
-    axes.text(x, y, text, ha=align, color=INK[ink], transform=axes.get_yaxis_transform(), clip_on=False, **style)
+    axes.text(
+        x, y, text, ha=align, color=INK[ink], transform=axes.get_yaxis_transform(), clip_on=False, markersize=5, **style
+    )
 
 
 def _title(axes: Axes, text: str, *, x: float = 0, align: str = "left") -> None:
@@ -292,15 +294,10 @@ def pareto_chart(
             axes.minorticks_off()
         for row, (method, points) in enumerate(lines.items()):
             x, y = zip(*sorted(points), strict=True)
-            style: dict[str, Any] = {
-                "color": INK[inks[method]],
-                "marker": marks[method],
-                "markersize": 5,
-                "linewidth": 1.6,
-            }
-            axes.plot(x, y, **style)
+            style: dict[str, Any] = {"color": INK[inks[method]], "marker": marks[method], "linewidth": 1.6}
+            axes.plot(x, y, markersize=5, **style)
             at = 1 - 0.09 * (row + 0.5)
-            axes.plot([1.06], [at], transform=axes.transAxes, clip_on=False, **style)
+            axes.plot([1.06], [at], transform=axes.transAxes, clip_on=False, markersize=5, **style)
             axes.text(1.1, at, method, transform=axes.transAxes, va="center", color=INK["ink"], fontsize=TEXT_PX)
         axes.yaxis.set_major_formatter(lambda value, _: significant(value, 2))
         left, right = axes.get_xlim()
