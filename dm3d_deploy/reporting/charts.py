@@ -105,9 +105,7 @@ def _axes(figure: Figure, left: float, width: float, rows: int, bottom: float = 
 def _text(axes: Axes, x: float, y: float, text: str, *, align: str = "left", ink: str = "ink", **style: Any) -> None:
     """Text at a share of the width and a row, outside the data's scale."""
     style = {"fontsize": TEXT_PX, "va": "center", **style}
-    axes.text(
-        x, y, text, ha=align, color=INK[ink], transform=axes.get_yaxis_transform(), clip_on=False, markersize=5, **style
-    )
+    axes.text(x, y, text, ha=align, color=INK[ink], transform=axes.get_yaxis_transform(), clip_on=False, **style)
 
 
 def _title(axes: Axes, text: str, *, x: float = 0, align: str = "left") -> None:
