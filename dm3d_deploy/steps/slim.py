@@ -84,15 +84,24 @@ def timed_candidates(run: RunContext, profile: Profile, budget: Budget) -> list[
             low, high = (share, high) if fits else (low, share)
             share = (low + high) / 2
         if best is not None:
-            found.append(Candidate(name="channels and blocks" if blocks else "channels", allocation=best))
+            found.append(Candidate(name=_name(best), allocation=best))
     if not found:
         least = _narrowest(whole)
         choices, least_ms = _timed(whole, least, times, budget)
         if least_ms > budget.limit:
             raise _too_slow(budget, least_ms)
         allocation = replace(_allocation(whole, choices, least, budget, least_ms), lower_bound=0.0)
-        found.append(Candidate(name="channels and blocks", allocation=allocation))
-    return found
+        found.append(Candidate(name=_name(allocation), allocation=allocation))
+    return _each_once(found)
+
+
+def _name(allocation: Allocation) -> str:
+    return "channels and blocks" if allocation.dropped else "channels"
+
+
+def _each_once(found: Sequence[Candidate]) -> list[Candidate]:
+    """Where no block goes, both ways end at the same channels."""
+    return list({candidate.allocation.choices: candidate for candidate in found}.values())
 
 
 def _timed(
@@ -133,7 +142,7 @@ def candidates_within(
     if offered:
         for way in CHANNELS_FIRST:
             found.append(_then_patterns(whole, curves, offered, budget, budget.value**way, scores))
-    made = [candidate for candidate in found if candidate is not None]
+    made = _each_once([candidate for candidate in found if candidate is not None])
     if not made:
         raise _out_of_reach(whole, budget)
     return made
@@ -149,10 +158,8 @@ def _channels_only(whole: Whole, budget: Budget, blocks: bool) -> Candidate | No
         return None
     narrow = Narrowing(whole.every, whole.curves, found.widths, found.dropped)
     choices = tuple(_whole_choice(narrow, layer) for layer in whole.layers)
-    return Candidate(
-        name="channels and blocks" if blocks else "channels",
-        allocation=_allocation(whole, choices, found, budget, math.fsum(choice.cost for choice in choices)),
-    )
+    allocation = _allocation(whole, choices, found, budget, math.fsum(choice.cost for choice in choices))
+    return Candidate(name=_name(allocation), allocation=allocation)
 
 
 def _whole_choice(narrow: Narrowing, layer: Layer) -> Choice:
