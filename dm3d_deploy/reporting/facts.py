@@ -70,15 +70,39 @@ def plan_words(plan: Mapping[str, Any]) -> str:
     names = ", ".join(device["sm"] for device in plan["devices"])
     return (
         f"{size(plan['workspace_bytes'])} of workspace, {plan['launches']} launches, "
-        f"{plan['tiles_kept']:,} of {plural(tiles, 'tile')} kept, {scaled(plan['multiplications'])} of "
-        f"{scaled(plan['dense_multiplications'])} multiplications with padding ({percent(plan_share(plan))}); "
+        f"{plan['tiles_kept']:,} of {plural(tiles, 'tile')} kept, {scaled(plan['multiplications'])} of the "
+        f"{scaled(plan['dense_multiplications'])} multiplications of its layers unpruned, with padding "
+        f"({percent(plan_share(plan))}); "
         f"{names + ': ' if names else ''}{plan['standing']}"
     )
 
 
 def plan_share(plan: Mapping[str, Any]) -> float:
-    """Multiplications of the 3D plan over those of the same plan with nothing pruned, padding in both."""
+    """Multiplications of the 3D plan over those of its own layers with nothing pruned, padding in both."""
     return float(plan["multiplications"] / plan["dense_multiplications"])
+
+
+def removed_from(report: Mapping[str, Any], parts: Sequence[str]) -> bool:
+    """Whether channels or blocks of these parts are no longer in the files."""
+    whole = [layer for layer in report["layers"] if layer["pattern"].split(" + ")[0] in ("channel", "depth")]
+    return any(layer["part"] in parts for layer in whole)
+
+
+def unpruned_words(report: Mapping[str, Any]) -> str:
+    """What the 3D plan's unpruned multiplications are those of: the plan's own layers, as wide as they are left."""
+    if removed_from(report, ("3d",)):
+        return "the same layers with nothing pruned; removed blocks and channels are not among them"
+    return "a plan with nothing pruned"
+
+
+def bound_words(report: Mapping[str, Any]) -> str:
+    """How far the allocation is from the optimum at most, of what was minimised; or that nothing bounds it."""
+    gap = report["budget"]["lower_bound_gap"]
+    if gap is None:
+        return "No lower bound was computed."
+    within_distortion = report["provenance"]["recipe"].get("max_distortion", "None") != "None"
+    what = "cost" if within_distortion else "predicted distortion"
+    return f"The allocation's {what} is within {significant(100 * gap)} % of a proven lower bound."
 
 
 def padding_words(report: Mapping[str, Any]) -> str:
@@ -88,8 +112,8 @@ def padding_words(report: Mapping[str, Any]) -> str:
         return ""
     return (
         f"With padding, the 3D plan multiplies {scaled(plan['multiplications'])} a frame, "
-        f"{percent(plan_share(plan))} of the {scaled(plan['dense_multiplications'])} of a plan with nothing pruned: "
-        f"{significant(plan['multiplications'] / macs['executed'])} times its executed MACs. "
+        f"{percent(plan_share(plan))} of the {scaled(plan['dense_multiplications'])} of {unpruned_words(report)}. "
+        f"That is {significant(plan['multiplications'] / macs['executed'])} times its executed MACs. "
         f"Those ({scaled(macs['executed'])}, {percent(share_of(macs, 'executed'))}) count the pairs of sites "
         "that meet; the kernels multiply blocks of 64 rows at every tap that one of the rows needs, and fill channels "
         "up to whole tiles of 16 or 32."
@@ -304,10 +328,12 @@ def verdict_sentence(report: Mapping[str, Any]) -> str:
     reason = reason if report["parity"] else "nothing was compared: "
     untrained = "" if report["model"]["trained"] else "UNTRAINED "
     budget = report["budget"]
+    executed = f"{percent(share_of(backbone_macs(report), 'executed'))} of the backbones'"
+    unplanned = report["plan"] is None and any("tile" in layer["pattern"] for layer in report["layers"])
+    runs = "no 3D plan could be made, one would execute" if unplanned else "hardware executes"
     kept = (
         f"keeps {percent(budget['kept_of_backbone'])} of its backbones' MACs "
-        f"({percent(budget['kept_of_model'])} of the whole model's; hardware executes "
-        f"{percent(share_of(backbone_macs(report), 'executed'))} of the backbones')"
+        f"({percent(budget['kept_of_model'])} of the whole model's; {runs} {executed})"
     )
     return (
         f"{reason}{untrained}{report['model']['name']} {kept}; "

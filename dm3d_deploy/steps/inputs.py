@@ -46,7 +46,7 @@ def load(run: RunContext) -> None:
         run.watch.noted(f"no --checkpoint was given: the bundled weights were trained on {TRAINED_ON}")
     else:
         seed_weights(detector, run.recipe.seed)
-        source, trained = f"seeded by parameter name (seed {run.recipe.seed}), UNTRAINED", False
+        source, trained = f"seeded by parameter name (seed {run.recipe.seed})", False
         run.watch.noted(
             "UNTRAINED: no --checkpoint was given, so the weights are seeded noise; detections mean nothing"
         )

@@ -14,43 +14,43 @@ from dm3d_deploy.build import tool_versions
 from dm3d_deploy.config import load_config
 from dm3d_deploy.geometry.matching import match_detections
 from dm3d_deploy.measurements import read_measurements
-from dm3d_deploy.plan_facts import plan_section
+from dm3d_deploy.plan_facts import plan_refusal, plan_section
 from dm3d_deploy.recipe import Recipe
 from dm3d_deploy.reporting.bev_picture import bev_png
 from dm3d_deploy.reporting.detection_files import read_detections
-from dm3d_deploy.reporting.facts import machine_from_stamp, verdict_sentence
+from dm3d_deploy.reporting.facts import (
+    PART_TITLES,
+    machine_from_stamp,
+    percent,
+    removed_from,
+    significant,
+    verdict_sentence,
+)
 from dm3d_deploy.reporting.render import render_html
 from dm3d_deploy.reporting.schema import SCHEMA_VERSION, validate_report
 from dm3d_deploy.stages import FILES, STAGES, RunContext
+from dm3d_deploy.steps.baseline import PAPER
 from dm3d_deploy.steps.deploy import shown_cloud
-from dm3d_deploy.steps.layers import PARTS_OF_SCOPE
+from dm3d_deploy.steps.layers import PARTS_OF_SCOPE, narrowing_of
+from dm3d_deploy.steps.report_layers import layer_rows
 
 SAME_OBJECT_M = 1.0
 OPTIONS = {
     "checkpoint", "frames", "scope", "patterns", "device", "precision", "calibration_frames", "seed", "cost", "profile",
-    "method", "recover", "recover_steps", "recover_data", "score_frames",
+    "method", "recover", "recover_steps", "recover_data", "score_frames", "voxel_keep", "voxel_stages",
     "capacity_margin", "capacities",
 }  # fmt: skip
 COUNTED = {"macs": "MACs", "executed": "executed MACs"}
 PICTURE_MARGIN = 1.05
 NO_TIME = (
-    "ONNX Runtime multiplies zeros like any other number. It saves time only where a kernel offset of the 3D backbone "
-    "was pruned as a whole, because the graph leaves it out. 2:4 needs a GPU with sparse tensor cores and a builder "
-    "that chooses them; tiles need the sparse 3D engine. Neither ran here."
+    "ONNX Runtime multiplies zeros like any other number. It saves time only where {where}a kernel offset of the 3D "
+    "backbone was pruned as a whole, because the graph leaves it out. 2:4 needs a GPU with sparse tensor cores and a "
+    "builder that chooses them; tiles need the sparse 3D engine. Neither ran here."
 )
 ON_THE_HOST = (
     " Proposals, and which rows their keypoints and RoIs read, are computed in numpy on the host, whatever executes "
     "the rest: a row of their own says how long that took here. Voxels and NMS are numpy's, too."
 )
-WHY = {
-    "dense": "kept whole: its multiplications are worth more than others'",
-    "unstructured": "pruned freely below one half, where no hardware form would save time",
-    "2:4": "two of four along the input channels, the form of sparse tensor cores",
-    "tile": "whole tiles of (offset, input channels, output channels), which a sparse 3D engine can skip",
-    "channel": "whole channels, removed from the files: nothing multiplies them any more",
-    "depth": "in a residual block of which the identity is left",
-}
-WHY_UNSTRUCTURED_MODE = "pruned freely, as the paper does: saves nominal multiplications, no time on hardware"
 
 
 def report(run: RunContext) -> None:
@@ -70,6 +70,8 @@ def command_of(recipe: Recipe) -> str:
     goal = _goal(recipe)
     usual = Recipe(model=recipe.model, bench_repeats=recipe.bench_repeats, **goal).as_json()
     changed = {name: value for name, value in recipe.as_json().items() if value != usual[name]}
+    if recipe.method == PAPER and recipe.sketches == 0:
+        del changed["sketches"]
     if not changed.keys() <= OPTIONS:
         named = {"model": recipe.model, **goal, **changed}
         return f"build(Recipe({', '.join(f'{name}={value!r}' for name, value in named.items())}))"
@@ -96,7 +98,8 @@ def gather(run: RunContext) -> dict[str, Any]:
             "engines_info", "verification", "score", "latency", "output_scale",
         )
     }  # fmt: skip
-    parts, two_stages = _macs_by_part(found), load_config(run.path("model_config")).second_stage is not None
+    config, layers = load_config(run.path("model_config")), layer_rows(run.recipe.patterns, found, narrowing_of(run))
+    parts, two_stages = _macs_by_part(found), config.second_stage is not None
     total = {column: sum(part[column] for part in parts.values()) for column in ("dense", "kept", "executed")}
     passed = bool(found["verification"]["parity"]) and all(row["passed"] for row in found["verification"]["parity"])
     return {
@@ -110,7 +113,7 @@ def gather(run: RunContext) -> dict[str, Any]:
         "distortion": _distortion(found),
         "recovery": _recovery(run, found["recovery"]),
         "ap": found["score"],
-        "layers": _layers(run.recipe, found),
+        "layers": layers,
         "skipped": [
             *out_of_scope(run.recipe, found["layers"], two_stages),
             *(row for kind in ("allocation", "plan_info", "engines_info") for row in found[kind]["skipped"]),
@@ -118,14 +121,22 @@ def gather(run: RunContext) -> dict[str, Any]:
         "parity": found["verification"]["parity"],
         "planned_time": found["allocation"]["time"],
         "latency": found["latency"]["latency"],
-        "latency_note": NO_TIME + (ON_THE_HOST if two_stages else ""),
+        "latency_note": _time_note(run.recipe, layers) + (ON_THE_HOST if two_stages else ""),
         "plan": plan_section(run.root, found["plan_info"]),
         "engines": _engines(found),
         "detections": _detections(run),
         "stages": _stages(run),
         "provenance": _provenance(run, found["latency"]["machine"]),
-        "warnings": _warnings(found),
+        "warnings": _warnings(run.recipe, found, pillars=config.pillars is not None),
     }
+
+
+def _time_note(recipe: Recipe, layers: Sequence[Mapping[str, Any]]) -> str:
+    """What saves time in ONNX Runtime, of what this build did."""
+    removed = removed_from({"layers": layers}, tuple(PART_TITLES))
+    where = "channels or blocks are no longer in the files, where " if removed else ""
+    where += "voxels pass a block by, where " if recipe.voxel_keep < 1 else ""
+    return NO_TIME.format(where=where.removesuffix("where ") + "and where " if where else "")
 
 
 def _macs_by_part(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -182,7 +193,8 @@ def _budget(recipe: Recipe, allocation: Mapping[str, Any], parts: Mapping[str, M
         "executed": _share(parts, scope, "executed"),
         "scope": recipe.scope,
         "unit": allocation["budget"]["unit"],
-        "lower_bound_gap": allocation["gap"],
+        # the bound of 0 has a gap of 1, whatever was chosen: it bounds nothing
+        "lower_bound_gap": allocation["gap"] if allocation["gap"] < 1 else None,
         "kept_of_backbone": _share(parts, PARTS_OF_SCOPE["backbone"], "kept"),
         "kept_of_model": _share(parts, PARTS_OF_SCOPE["model"], "kept"),
         "candidates": allocation["candidates"],
@@ -229,64 +241,6 @@ def _recovery(run: RunContext, recovery: Mapping[str, Any]) -> dict[str, Any] | 
         "seconds": read_measurements(run.root).seconds.get("recover"),
         "steps": [{**step, "seconds": took.get(step["method"])} for step in recovery["steps"]],
     }
-
-
-def _layers(recipe: Recipe, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    layers = {row["name"]: row for row in found["layers"]}
-    masks = {row["layer"]: row for row in found["masks_info"]}
-    verdicts = _verdicts_by_layer(found["export_info"]["sparsity"])
-    rows = []
-    for choice in found["allocation"]["choices"]:
-        name = choice["layer"]
-        layer, mask = layers[name], masks[name]
-        weights = 1
-        for size in layer["shape"]:
-            weights *= size
-        free = recipe.patterns == "unstructured" and mask["pattern"] == "unstructured"
-        rows.append(
-            {
-                "name": name,
-                "part": layer["part"],
-                "kind": layer["kind"],
-                "weights": weights,
-                "dense_macs": mask["dense_macs"],
-                "kept_macs": mask["kept_macs"],
-                "executed_macs": mask["executed_macs"],
-                "ratio": 1 - mask["kept_weights"] / weights,
-                "pattern": mask["pattern"],
-                "distortion": choice["distortion"],
-                "why": WHY_UNSTRUCTURED_MODE if free else WHY[mask["pattern"]],
-                "legal_2_4": mask["legal_2_4"],
-                "gain": _gain(mask["pattern"], verdicts.get(name)),
-            }
-        )
-    return rows
-
-
-def _verdicts_by_layer(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """By the layer that holds the weight; packed head branches (exporters.head_merge) share one verdict."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for row in verdicts:
-        name = row["weight"].removesuffix(".weight")
-        if not name.endswith(".hidden"):
-            found[name] = row
-            continue
-        for output in name.removesuffix(".hidden").split("+"):
-            branch, task = output.rsplit("_", 1)
-            found[f"dense_head.heads_list.{task}.{branch}.0.0"] = row
-    return found
-
-
-def _gain(pattern: str, verdict: Mapping[str, Any] | None) -> str:
-    if pattern == "2:4" and verdict is not None:
-        if verdict["expected_gain"]:
-            return "a device may gain: wide enough for sparse tensor cores; not measured"
-        return str(verdict["reason"])
-    if pattern == "tile":
-        return "skipped tiles are not computed by a sparse 3D engine; not measured"
-    if pattern in ("channel", "depth"):
-        return "not in the exported files any more, on any device"
-    return "none" if pattern == "dense" else "none: zeros among weights that are all multiplied"
 
 
 def _engines(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -360,7 +314,7 @@ def _provenance(run: RunContext, stamp: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _warnings(found: Mapping[str, Any]) -> list[str]:
+def _warnings(recipe: Recipe, found: Mapping[str, Any], *, pillars: bool) -> list[str]:
     lost = sum(graph["rounded_to_zero"] for graph in found["export_info"]["graphs"] if "/dense/" not in graph["path"])
     pooled = found["output_scale"]["pooled"]
     warnings = list(found["frames_info"]["overflow"])
@@ -368,8 +322,10 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
         warnings.append("UNTRAINED: the weights are seeded noise; distortions and boxes say nothing about a detector")
     if found["recovery"]["method"] == "none" and not found["recovery"]["reason"].startswith("none was asked"):
         warnings.append(f"no recovery was run: {found['recovery']['reason']}")
+    warnings += [*_voxel_warnings(recipe, found, pillars), *_recovery_warnings(found)]
     if lost:
-        warnings.append(f"{lost} weights or biases that are not zero became zero in the exported precision")
+        words = "weight or bias that is" if lost == 1 else "weights or biases that are"
+        warnings.append(f"{lost} {words} not zero became zero in the exported precision")
     if pooled:
         tasks = ", ".join(str(task) for task in pooled)
         warnings.append(
@@ -377,3 +333,28 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             "their boxes; all tasks' cells were taken"
         )
     return [*warnings, *found["latency"]["warnings"]]
+
+
+def _voxel_warnings(recipe: Recipe, found: Mapping[str, Any], pillars: bool) -> list[str]:
+    """That blocks run on fewer voxels, and that ONNX Runtime alone runs a sparse 3D backbone."""
+    refusal, warnings = plan_refusal(found["plan_info"], "plan"), []
+    if recipe.voxel_keep < 1:
+        warnings.append(
+            f"voxel pruning: the blocks of stages {recipe.voxel_stages} run on {percent(recipe.voxel_keep)} of their "
+            "voxels"
+        )
+    if refusal and not pillars:
+        warnings.append(f"there is no 3D plan, so ONNX Runtime alone runs the 3D backbone: {refusal}")
+    return warnings
+
+
+def _recovery_warnings(found: Mapping[str, Any]) -> list[str]:
+    """That a recovery which the selection frames accepted is no better on frames that chose nothing."""
+    told = _distortion(found)
+    before, after = told["heldout"], told["heldout_after_recovery"]
+    if after is None or not found["recovery"]["accepted"] or after <= before:
+        return []
+    return [
+        f"the recovery was accepted on the selection frames, but the {len(told['per_frame'])} held-out frames are "
+        f"worse with it: distortion {significant(before)} before, {significant(after)} after"
+    ]

@@ -1,6 +1,7 @@
 """The report names a command that exists, and one of Python where no option says the same."""
 
 import shlex
+from dataclasses import fields
 
 import typer.main
 
@@ -13,6 +14,19 @@ def test_every_option_it_may_name_exists():
     build = typer.main.get_command(app).commands["build"]
     known = {word for param in build.params for word in param.opts}
     assert {f"--{name.replace('_', '-')}" for name in OPTIONS} <= known
+
+
+def test_every_option_that_is_a_field_of_the_recipe_may_be_named():
+    build = typer.main.get_command(app).commands["build"]
+    both = {param.name for param in build.params} & {field.name for field in fields(Recipe)}
+    assert both - {"model", "target", "max_distortion"} == OPTIONS
+    recipe = Recipe(model="centerpoint", target=0.5, voxel_keep=0.7, voxel_stages="2")
+    assert command_of(recipe).endswith("--target 0.5 --voxel-keep 0.7 --voxel-stages 2")
+
+
+def test_what_a_method_implies_is_not_named():
+    recipe = Recipe(model="m", target=0.5, method="paper-eq13", patterns="unstructured", sketches=0)
+    assert command_of(recipe) == "dm3d-deploy build --model m --target 0.5 --method paper-eq13 --patterns unstructured"
 
 
 def test_only_what_differs_is_named_and_quoted():

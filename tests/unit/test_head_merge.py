@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dm3d_deploy.steps.report import _verdicts_by_layer
+from dm3d_deploy.steps.report_layers import verdicts_by_layer
 from exporters.graph_checks import sparsity_of
 from exporters.head_merge import merge_heads
 
@@ -102,7 +102,7 @@ def test_a_dense_branch_does_not_take_2_4_from_the_others():
 
 def test_the_report_finds_the_verdict_of_a_packed_layer():
     rows = [{"weight": "center_0+hm_11.hidden.weight", "n": 1}, {"weight": "backbone_2d.blocks.0.1.weight", "n": 2}]
-    found = _verdicts_by_layer(rows)
+    found = verdicts_by_layer(rows)
     assert found["dense_head.heads_list.0.center.0.0"]["n"] == 1
     assert found["dense_head.heads_list.11.hm.0.0"]["n"] == 1
     assert found["backbone_2d.blocks.0.1"]["n"] == 2

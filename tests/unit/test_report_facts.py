@@ -84,12 +84,43 @@ def test_the_padding_of_the_3d_plan_stands_beside_the_executed_macs() -> None:
     report = sample_report()
     macs = report["macs"]["by_part"]["3d"]
     words = facts.padding_words(report)
-    assert "multiplies 21.4 G a frame, 49.1 % of the 43.6 G of a plan with nothing pruned: " in words
+    assert "multiplies 21.4 G a frame, 49.1 % of the 43.6 G of a plan with nothing pruned. That is " in words
     share, times = facts.percent(facts.share_of(macs, "executed")), facts.significant(21.4e9 / macs["executed"])
-    assert f": {times} times its executed MACs. Those ({facts.scaled(macs['executed'])}, {share}) count" in words
-    assert "21.4 G of 43.6 G multiplications with padding (49.1 %)" in facts.plan_words(report["plan"])
+    assert f"That is {times} times its executed MACs. Those ({facts.scaled(macs['executed'])}, {share}) count" in words
+    told = "21.4 G of the 43.6 G multiplications of its layers unpruned, with padding (49.1 %)"
+    assert told in facts.plan_words(report["plan"])
     assert "blocks of 64 rows" in render_html(report)
     assert "blocks of 64 rows" not in render_html({**report, "plan": None})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "whole"), [("channel", True), ("channel + tile", True), ("depth", True), ("tile", False)]
+)
+def test_what_was_removed_is_not_among_the_unpruned_multiplications_of_the_plan(pattern: str, whole: bool) -> None:
+    report = sample_report()
+    report["layers"][1]["pattern"] = pattern
+    page = render_html(report)
+    assert page.count("with nothing pruned; removed blocks and channels are not among them") == 2 * whole
+    assert page.count("of a plan with nothing pruned") == 2 * (not whole)
+    assert ("What goes with a channel stands at" in page) is whole
+
+
+def test_a_bound_is_one_of_what_was_minimised_and_stands_apart_from_the_words_before() -> None:
+    report = sample_report()
+    assert "or 32.\nThe allocation's predicted distortion is within 0.0420 % of a" in render_html(report).replace(
+        "&#39;", "'"
+    )
+    report["provenance"]["recipe"]["max_distortion"] = "0.05"
+    assert facts.bound_words(report) == "The allocation's cost is within 0.0420 % of a proven lower bound."
+    report["budget"]["lower_bound_gap"] = None
+    assert facts.bound_words(report) == "No lower bound was computed."
+
+
+def test_tiles_without_a_3d_plan_are_not_said_to_be_skipped() -> None:
+    report = {**sample_report(), "plan": None}
+    assert "; no 3D plan could be made, one would execute " in facts.verdict_sentence(report)
+    report["layers"] = [{**layer, "pattern": "dense"} for layer in report["layers"]]
+    assert "; hardware executes " in facts.verdict_sentence(report)
 
 
 def test_faster_is_said_only_where_the_intervals_are_apart() -> None:
