@@ -23,7 +23,7 @@ from dm3d_deploy.geometry.boxes import points_in_boxes, select_boxes
 from dm3d_deploy.pointcloud import Boxes3D, PointCloud
 
 MIN_POINTS = 3
-WITHOUT_LABELS = f"move the frames that lack them out of {POINTS}; a --teacher reads no labels"
+WITHOUT_LABELS = f"move the frames that lack them out of {POINTS}"
 # Words of other data sets, in those of the data set that the model was made for.
 WORDS = {"KittiDataset": KITTI_TYPE, "NuScenesDataset": NUSCENES_CLASS, "OnceDataset": ONCE_CLASS}
 
@@ -76,14 +76,14 @@ class TrainingFolder:
         return FolderFrame(labelled=labelled, boxes=boxes, labels=labels)
 
 
-def open_labelled(path: Path | str, config: DetectorConfig) -> TrainingFolder:
+def open_labelled(path: Path | str, config: DetectorConfig, *, otherwise: str = WITHOUT_LABELS) -> TrainingFolder:
     """A labelled folder in KITTI's layout, every label and the kind of every file looked at.
 
-    Objects of classes that the model does not know are background, and counted in `left_out`. Raises what
-    `open_dataset` and reading labels raise, FrameError for an image among the points, and UsageError when nothing in
-    the folder is of a class of the model.
+    Objects of classes that the model does not know are background, and counted in `left_out`; `otherwise` is what
+    `open_dataset` offers where labels are missing. Raises what that and reading labels raise, FrameError for an image
+    among the points, and UsageError when nothing in the folder is of a class of the model.
     """
-    folder = open_dataset(path, otherwise=WITHOUT_LABELS)
+    folder = open_dataset(path, otherwise=otherwise)
     label_of = _label_of_word(config)
     labels: dict[str, np.ndarray] = {}
     left_out: Counter[str] = Counter()

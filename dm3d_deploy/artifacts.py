@@ -47,19 +47,19 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reasons = {
-            errno.ENOSPC: ("the disk is full", "free some space or choose another --out"),
-            errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --out"),
-            errno.EROFS: ("the file system is read-only", "choose an --out that can be written"),
-            errno.EACCES: ("permission was denied", "choose an --out that you may write to"),
-            errno.EPERM: ("permission was denied", "choose an --out that you may write to"),
+            errno.ENOSPC: ("the disk is full", "free some space or choose another folder"),
+            errno.EDQUOT: ("the disk quota is used up", "free some space or choose another folder"),
+            errno.EROFS: ("the file system is read-only", "choose a folder that can be written"),
+            errno.EACCES: ("permission was denied", "choose a folder that you may write to"),
+            errno.EPERM: ("permission was denied", "choose a folder that you may write to"),
             errno.EFBIG: ("the limit on the size of a file was reached", "raise the limit (ulimit -f)"),
-            errno.ENOTDIR: ("a parent is a file, not a folder", "choose another --out"),
-            errno.EEXIST: ("a parent is a file, not a folder", "choose another --out"),
+            errno.ENOTDIR: ("a parent is a file, not a folder", "choose another folder"),
+            errno.EEXIST: ("a parent is a file, not a folder", "choose another folder"),
             errno.EISDIR: ("it is a folder", "choose another name"),
         }
         if error.errno is None:
             raise
-        what, fix = reasons.get(error.errno, (os.strerror(error.errno).lower(), "choose another --out"))
+        what, fix = reasons.get(error.errno, (os.strerror(error.errno).lower(), "choose another folder"))
         raise OutputError(f"{path} could not be written: {what}.", fix=fix) from error
 
 

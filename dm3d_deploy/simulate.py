@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from calib.dataset import INFO_NAME, LABELS, POINTS, DatasetInfo, read_info
+from calib.dataset import INFO_NAME, LABELS, DatasetInfo, read_info
 from calib.simulated_dataset import write_frame
 from calib.simulator import CLASS_NAMES, simulate_frame
 from calib.simulator.sensor import sensor_named
-from dm3d_deploy.artifacts import write_json
+from dm3d_deploy.artifacts import disk_errors, write_json
 from dm3d_deploy.errors import UsageError
 
 MOST_FRAMES = 1_000_000
@@ -28,8 +28,8 @@ def simulate(
 
     Points of every sensor keep their own columns as float32; dataset.json names them. Frames that are there already
     stay, so the same call finishes what was interrupted and a larger `frames` adds to it. `advanced(done, frames)` is
-    called after each frame. Raises UsageError for settings that make no frames and for a folder that holds other
-    data, Dm3dError for a disk that refuses.
+    called after each frame. Raises UsageError for settings that make no frames and for a folder that holds
+    anything but frames of this sensor and seed, Dm3dError for a disk that refuses.
     """
     root = Path(out)
     model = sensor_named(sensor)
@@ -61,8 +61,12 @@ def _prepare(root: Path, info: DatasetInfo) -> None:
             )
         if found.frames >= info.frames:
             return
-    elif (root / POINTS).exists():
-        raise UsageError(
-            f"{root} holds a {POINTS} folder that simulate did not write.", fix="choose a new or empty folder"
-        )
+    elif root.is_dir():
+        with disk_errors(root):
+            other = min((path.name for path in root.iterdir()), default=None)
+        if other is not None:
+            raise UsageError(
+                f"{root} holds {other} and no {INFO_NAME}: it is no data set that simulate wrote.",
+                fix="choose a new or empty folder",
+            )
     write_json(path, info.as_json())

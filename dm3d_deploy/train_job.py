@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from calib.folder_crops import FolderCrops
 from calib.simulator.objects import SIZES
-from calib.training_folder import TrainingFolder, open_labelled, open_unlabelled
+from calib.training_folder import WITHOUT_LABELS, TrainingFolder, open_labelled, open_unlabelled
 from calib.training_frames import SimulatedCrops
 from dm3d_deploy.artifacts import read_manifest
 from dm3d_deploy.config import DetectorConfig, load_config
@@ -180,7 +180,11 @@ def _simulated(plan: TrainPlan, config: DetectorConfig, place: Place, stop: Stop
 
 def _folder(plan: TrainPlan, config: DetectorConfig, place: Place, stop: Stop) -> _Source:
     labelled = plan.teacher is None
-    folder: TrainingFolder = (open_labelled if labelled else open_unlabelled)(plan.data, config)
+    folder = (
+        open_labelled(plan.data, config, otherwise=f"{WITHOUT_LABELS}; a --teacher reads no labels")
+        if labelled
+        else open_unlabelled(plan.data, config)
+    )
     names, score, notes = tuple(folder.paths), None, []
     if folder.left_out:
         counts = ", ".join(f"{count} {word}" for word, count in sorted(folder.left_out.items()))

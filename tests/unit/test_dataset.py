@@ -129,12 +129,17 @@ def test_simulate_refuses(tmp_path, written) -> None:
         simulate(written / "once40", sensor="once40", seed=42)
     with pytest.raises(UsageError, match="of hdl64 from seed 41, not of once40"):
         simulate(written / "hdl64", sensor="once40", seed=41)
-    (tmp_path / "velodyne").mkdir()
-    with pytest.raises(UsageError, match="velodyne folder that simulate did not write"):
-        simulate(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Dm3dError, match="could not be written"):
-        simulate(tmp_path / "file" / "out", frames=1)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(
+        UsageError, match=r"photos holds cat\.jpg and no dataset\.json: it is no data set that simulate"
+    ):
+        simulate(tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+    (tmp_path / "empty").mkdir()
+    assert simulate(tmp_path / "empty", sensor="once40", frames=1).frames == 1
+    with pytest.raises(Dm3dError, match=r"could not be written: a parent is a file.* Fix: choose another folder$"):
+        simulate(tmp_path / "photos" / "cat.jpg" / "out", frames=1)
 
 
 def test_rays_through_boxes_are_those_of_a_walk_along_every_ray() -> None:
