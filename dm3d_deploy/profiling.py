@@ -57,7 +57,7 @@ def profile_for_build(
         )
     else:
         profile = read_profile(Path(named))
-        check_model(profile, layers, model_name)
+        check_model(profile, layers, recipe.model)
     if profile.precision != recipe.precision:
         raise UsageError(
             f"the profile's times are {profile.precision}, the build is {recipe.precision}.",

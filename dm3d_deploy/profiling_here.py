@@ -16,7 +16,7 @@ from dm3d_deploy.device import stamp_here
 from dm3d_deploy.errors import UsageError
 from dm3d_deploy.pointcloud import Voxels
 from dm3d_deploy.pruning.contracts import Layer
-from dm3d_deploy.pruning.profiles import LayerTimes, Profile, TimeCurve, untimed
+from dm3d_deploy.pruning.profiles import FEWER_INPUTS, LayerTimes, Profile, TimeCurve, untimed
 from dm3d_deploy.reporting.facts import machine_from_stamp
 from engines.onnx_runtime import open_session, run_backbone
 from exporters.micro_builds import dense_micro_build, sparse_micro_build
@@ -203,7 +203,7 @@ def _whole_graphs(
         f"{words} as a whole: {whole:.4g} ms; its layers alone: {sparse:.4g} ms; the rest counts as fixed",
         f"BEV and head as a whole: {flat:.4g} ms; its layers alone, which is what counts here: {dense:.4g} ms",
         "voxelisation, decoding and NMS are not in it",
-        "fewer output channels also narrow the next layer's input; that saving is left out",
+        FEWER_INPUTS,
     ]
 
 

@@ -39,5 +39,5 @@ def profile(
         )  # fmt: skip
     elif not quiet:
         typer.echo(f"{out}: {found.dense_ms:.4g} ms dense at {found.voxels:,} voxels, {found.label}")
-        for note in found.notes:
-            typer.echo(f"  {note}")
+        for line in (*found.part_lines(), *found.notes):
+            typer.echo(f"  {line}")

@@ -11,14 +11,19 @@ from dm3d_deploy.device import Device
 from dm3d_deploy.errors import InternalError
 from dm3d_deploy.pruning import latency_model as model
 from dm3d_deploy.pruning.contracts import Layer
-from dm3d_deploy.pruning.profiles import LayerTimes, Profile, TimeCurve, untimed
+from dm3d_deploy.pruning.profiles import FEWER_INPUTS, LayerTimes, Profile, TimeCurve, untimed
 
 WIDTH_SHARES = tuple(k / 16 for k in range(1, 17))
 CLOCK = "roofline with wave quantisation (docs/measurements/latency-model.md)"
 NOTES = (
     "voxelisation, decoding and NMS are not in it: 1.36 and 4.4 ms were published for CenterPoint on a DRIVE Orin",
     "that a skipped tile saves its share of the 3D stage's time has been measured by nobody",
-    "fewer output channels also narrow the next layer's input; that saving is left out",
+    FEWER_INPUTS,
+)
+OF_THE_3D_STAGE = (
+    "the 3D stage's time is a curve of nuScenes frames in 0.075 m voxels on an Orin; no other voxels were compared",
+    f"its fixed {model.SPARSE_FIXED_MS} ms (rulebooks, launches) are scaled to no device; fits of the curve say "
+    f"{model.SPARSE_FIXED_RANGE_MS[0]:g} to {model.SPARSE_FIXED_RANGE_MS[1]:g}",
 )
 UNTIMED = {  # what the linear layers of a part are
     "3d": "the point network of the pillars and their scatter are not in it: nobody published their time alone",
@@ -67,8 +72,19 @@ def estimated_profile(
             "figures": f"{figures.multiprocessors} SM, {figures.tflops['fp16']:g} TFLOPS, {figures.gb_per_s:g} GB/s",
             "standing of the figures": str(device.standing),
         },
-        notes=(*NOTES, *(note for part, note in UNTIMED.items() if ("linear", part) in untold)),
+        notes=(
+            *_uncompared(device, figures),
+            *(OF_THE_3D_STAGE if sparse_macs else ()),
+            *NOTES,
+            *(note for part, note in UNTIMED.items() if ("linear", part) in untold),
+        ),
     )
+
+
+def _uncompared(device: Device, figures: model.Figures) -> tuple[str, ...]:
+    if any(band is not None for band in model.bands_of(figures)):
+        return ()
+    return (f"the figures of {device.name} are {device.standing}: no time on it was ever compared with an estimate",)
 
 
 def _sparse_times(layer: Layer, ms: float) -> LayerTimes:

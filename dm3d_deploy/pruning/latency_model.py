@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dm3d_deploy.device import Device
+from dm3d_deploy.device import DEVICES, Device
 from dm3d_deploy.errors import InternalError, UsageError
 from dm3d_deploy.pruning.contracts import Layer
 
@@ -36,7 +36,7 @@ SPARSE_SOURCE_GB_PER_S = 204.8
 WIDE = 256  # no gain from 2:4 below so many input or output channels
 TWO_FOUR_GAIN: dict[Precision, float] = {"fp16": 1.17, "int8": 1.24}
 BANDS = {"sm_87": (0.2, 0.34), "sm_80": (0.14, None)}  # relative, of dense layers and of the 3D stage
-MEASURE = "measure it there: dm3d-deploy profile --device here"
+MEASURE = "measure it there: dm3d-deploy profile --model MODEL --device here -o profile.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ def figures_of(device: Device) -> Figures:
     if device.sm is None or device.multiprocessors is None or fp16 is None or int8 is None or memory is None:
         raise UsageError(
             f"there are no figures to estimate times on '{device.name}' from.",
-            fix=f"{MEASURE}, or name a device of `devices` that has a standing",
+            fix=f"{MEASURE}, or name one of {', '.join(row.name for row in DEVICES if row.standing)}",
         )
     return Figures(
         name=device.name, sm=device.sm, multiprocessors=device.multiprocessors, tflops={"fp16": fp16, "int8": int8},

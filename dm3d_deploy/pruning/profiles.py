@@ -18,7 +18,9 @@ from dm3d_deploy.pruning.contracts import Layer
 SCHEMA = 1
 STANDINGS = ("measured", "estimated")
 TIMED_PATTERNS = ("2:4", "tile", "channel")
-AGAIN = "write it again: dm3d-deploy profile"
+AGAIN = "write it again: dm3d-deploy profile --model MODEL --device here -o profile.json"
+FEWER_INPUTS = "fewer inputs count as the same share of fewer outputs: only those were timed or estimated"
+PART_WORDS = {"3d": "3D backbone", "2d": "2D backbone", "head": "head"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,9 @@ class Profile:
             raise InternalError(f"a profile is {' or '.join(STANDINGS)}, not '{self.standing}'")
         if not self.layers or not all(0 <= ms < math.inf for ms in self.fixed_ms.values()):
             raise InternalError("a profile needs layers, and fixed times that are finite and not negative")
+        strange = {*self.fixed_ms, *(layer.part for layer in self.layers)} - PART_WORDS.keys()
+        if strange:
+            raise InternalError(f"a profile has no part '{min(strange)}'")
 
     @property
     def label(self) -> str:
@@ -113,6 +118,36 @@ class Profile:
     def dense_ms(self) -> float:
         """Milliseconds of the dense network: 3D backbone, 2D backbone and head."""
         return math.fsum([*self.fixed_ms.values(), *(layer.dense_ms for layer in self.layers)])
+
+    def band_words(self, part: str) -> str:
+        """How far a part's time may be off, as it must stand behind each estimate; nothing where it was measured."""
+        if self.standing == "measured":
+            return ""
+        band = self.band.get(part)
+        return "no band: never compared" if band is None else f"+-{band * 100:.0f} %"
+
+    @property
+    def words(self) -> str:
+        """The label, and behind it the band of each part that takes time."""
+        bands = {part: self.band_words(part) for part in self.part_ms()}
+        told = ", ".join(f"{PART_WORDS[part]} {band}" for part, band in bands.items() if band)
+        return f"{self.label} ({told})" if told else self.label
+
+    def part_ms(self) -> dict[str, float]:
+        """Milliseconds of each part that takes any, what is fixed among them."""
+        found = dict(self.fixed_ms)
+        for layer in self.layers:
+            found[layer.part] = found.get(layer.part, 0.0) + layer.dense_ms
+        return {part: ms for part, ms in found.items() if ms > 0}
+
+    def part_lines(self) -> list[str]:
+        """Each part in a line: its time, how much of it nothing changes, its band."""
+        lines = []
+        for part, ms in self.part_ms().items():
+            fixed = self.fixed_ms.get(part, 0.0)
+            told = [f"{ms:.4g} ms", f"{fixed:.4g} ms of it fixed" if fixed else "", self.band_words(part)]
+            lines.append(f"{PART_WORDS[part]}: {', '.join(filter(None, told))}")
+        return lines
 
     def times(self) -> dict[str, LayerTimes]:
         """The layers by name."""
@@ -160,8 +195,12 @@ def check_model(profile: Profile, layers: Sequence[Layer], model: str) -> None:
             here, there = (_shown(side.get(name)) for side in (ours, theirs))
             raise UsageError(
                 f"the profile is of '{profile.model}', the build of '{model}': {name} is {there} there, {here} here.",
-                fix=f"dm3d-deploy profile --model {model} writes one that fits",
+                fix=f"dm3d-deploy profile --model {model} --device {_where(profile)} writes one that fits",
             )
+
+
+def _where(profile: Profile) -> str:
+    return profile.device if profile.standing == "estimated" else "here"
 
 
 def _shown(side: tuple[str, tuple[int, ...]] | None) -> str:

@@ -53,17 +53,10 @@ def allocate(run: RunContext) -> None:
     recipe, (curves, foreseen) = run.recipe, foreseen_curves(run)
     offer = offer_of(run, curves)
     profile = profile_of(run)
-    prices = prices_of(recipe, offer, profile)
-    if recipe.method == "dm3d" and recipe.cost != "macs" and recipe.patterns != "unstructured":
-        found = _with_whole(run, curves, offer, prices, profile)
-    elif foreseen:  # a forward of the masks would not tell which is best behind a refit
-        found = [Candidate(name="least sum behind a refit", allocation=_solve(recipe, offer.items, prices, None))]
-    elif recipe.method == "dm3d":
-        found = candidates_of(recipe, offer.items, lambda items, limit: _solve(recipe, items, prices, limit))
-    else:
-        budget = _budget(recipe, prices.dense)
-        rest = baseline_allocation(run, offer.layers, curves, budget, prices.fixed)
-        found = [Candidate(name=recipe.method, allocation=rest)]
+    try:
+        found = _candidates(run, curves, offer, profile, foreseen=foreseen)
+    except InfeasibleBudget as error:
+        raise _with_standing(error, profile) from None
     estimated = profile is not None and profile.standing == "estimated"
     chosen, rows = verified(run, found, estimated=estimated)
     write_json(
@@ -77,6 +70,28 @@ def allocate(run: RunContext) -> None:
             "time": None if profile is None else planned_time(profile, offer.layers, chosen.choices),
         },
     )
+
+
+def _with_standing(error: InfeasibleBudget, profile: Profile | None) -> InfeasibleBudget:
+    """A refusal in milliseconds says how these are known."""
+    if profile is None:
+        return error
+    return InfeasibleBudget(f"{error.what} All times are {profile.words}.", fix=error.fix, cheapest=error.cheapest)
+
+
+def _candidates(
+    run: RunContext, curves: Sequence[Curve], offer: Offer, profile: Profile | None, *, foreseen: bool
+) -> list[Candidate]:
+    recipe, prices = run.recipe, prices_of(run.recipe, offer, profile)
+    if recipe.method == "dm3d" and recipe.cost != "macs" and recipe.patterns != "unstructured":
+        return _with_whole(run, curves, offer, prices, profile)
+    if foreseen:  # a forward of the masks would not tell which is best behind a refit
+        return [Candidate(name="least sum behind a refit", allocation=_solve(recipe, offer.items, prices, None))]
+    if recipe.method == "dm3d":
+        return candidates_of(recipe, offer.items, lambda items, limit: _solve(recipe, items, prices, limit))
+    budget = _budget(recipe, prices.dense)
+    rest = baseline_allocation(run, offer.layers, curves, budget, prices.fixed)
+    return [Candidate(name=recipe.method, allocation=rest)]
 
 
 def _with_whole(

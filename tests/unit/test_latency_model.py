@@ -35,8 +35,10 @@ def conv(name: str, inputs: int) -> Layer:
 
 @pytest.mark.parametrize("name", ["thor", "rtx3090", "h100"])
 def test_devices_without_figures_are_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=f"no figures to estimate times on '{name}' from.*--device here"):
+    with pytest.raises(UsageError, match=f"no figures to estimate times on '{name}' from.*--device here") as caught:
         figures_of(device_named(name))
+    named = caught.value.fix.partition("or name one of ")[2].split(", ")
+    assert {figures_of(device_named(one)).name for one in named} == {*named} >= {"orin", "thor-jp7", "a30", "h200"}
 
 
 @pytest.mark.parametrize("name", ["orin", "thor-jp7", "a30", "a100", "rtx4090", "h200"])

@@ -68,6 +68,7 @@ def test_what_is_written_is_what_is_read() -> None:
         (lambda d: d["layers"][0].update(dense_ms=-1), UsageError, "-1.0 ms is no time"),
         (lambda d: d["layers"][0].update(dense_ms="fast"), UsageError, "no profile that can be used"),
         (lambda d: d.update(standing="guessed"), UsageError, "measured or estimated, not 'guessed'"),
+        (lambda d: d["fixed_ms"].update(nose=1.0), UsageError, "a profile has no part 'nose'"),
         (lambda d: d.update(schema=99), UsageError, "has schema 99; this version reads 1"),
     ],
 )
@@ -94,8 +95,12 @@ def test_a_file_that_is_not_there(tmp_path) -> None:
 
 def test_another_model_is_refused_with_both_sides() -> None:
     check_model(estimate(), LAYERS, "centerpoint")
-    with pytest.raises(UsageError, match="the build of 'slim': d is conv2d 64x128x3x3 there, conv2d"):
+    with pytest.raises(UsageError, match="the build of 'slim': d is conv2d 64x128x3x3 there, conv2d") as caught:
         check_model(estimate(), [*LAYERS[:22], conv("d", 64, 64), *LAYERS[23:]], "slim")
+    assert caught.value.fix == "dm3d-deploy profile --model slim --device orin writes one that fits"
+    measured = dataclasses.replace(estimate(), standing="measured", device="a bench")
+    with pytest.raises(UsageError, match=r"--model my/slim\.yaml --device here writes one that fits"):
+        check_model(measured, LAYERS[:-1], "my/slim.yaml")
     with pytest.raises(UsageError, match="h is conv2d 3x64x3x3 there, absent here"):
         check_model(estimate(), LAYERS[:-1], "slim")
     with pytest.raises(UsageError, match="new is absent there"):
@@ -150,6 +155,34 @@ def test_a_plan_says_its_parts_and_what_is_fixed() -> None:
     assert plan["planned_ms"] == pytest.approx(sum(row["planned_ms"] for row in parts.values()))
     assert plan["label"].startswith("estimated")
     assert plan["sha256"] == profile.digest()
+
+
+def test_every_part_has_its_band_in_words() -> None:
+    orin = estimate()
+    ms = orin.part_ms()
+    assert sum(ms.values()) == pytest.approx(orin.dense_ms)
+    assert orin.part_lines() == [
+        f"3D backbone: {ms['3d']:.4g} ms, 6.3 ms of it fixed, +-34 %",
+        f"2D backbone: {ms['2d']:.4g} ms, +-20 %",
+        f"head: {ms['head']:.4g} ms, +-20 %",
+    ]
+    assert orin.words == "estimated for orin, not measured (3D backbone +-34 %, 2D backbone +-20 %, head +-20 %)"
+    assert [line.rpartition("ms, ")[2] for line in estimate("a30").part_lines()] == [
+        "6.3 ms of it fixed, no band: never compared", "+-14 %", "+-14 %",
+    ]  # fmt: skip
+    measured = dataclasses.replace(orin, standing="measured", device="a bench")
+    assert measured.part_lines()[1] == f"2D backbone: {ms['2d']:.4g} ms"
+    assert measured.words == "measured on a bench"
+
+
+def test_what_an_estimate_rests_on_stands_in_its_notes() -> None:
+    uncompared = "the figures of thor-jp7 are unvalidated: no time on it was ever compared with an estimate"
+    fixed = "its fixed 6.3 ms (rulebooks, launches) are scaled to no device; fits of the curve say 3 to 10"
+    assert uncompared in estimate("thor-jp7").notes
+    assert not any("ever compared" in note for name in ("orin", "a30") for note in estimate(name).notes)
+    assert all(fixed in estimate(name).notes for name in ("orin", "a30", "thor-jp7"))
+    flat = estimated_profile(LAYERS[21:], CELLS, device_named("orin"), voxels=1, model_name="pillars")
+    assert fixed not in flat.notes
 
 
 def test_measured_times_are_called_so() -> None:
