@@ -68,8 +68,12 @@ class Evaluation:
     def as_text(self) -> str:
         """What was evaluated, the summary, the tables and the notes."""
         values = ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in self.summary.items())
-        head = f"{self.subject} on {self.data}: {self.frames} frames, metric {self.metric}\n{values}\n\n"
+        head = f"{self.subject} on {self.data}: {self._frames}, metric {self.metric}\n{values}\n\n"
         return head + ap_text(self.rows) + "\n" + "".join(f"* {note}\n" for note in self.notes)
+
+    @property
+    def _frames(self) -> str:
+        return "1 frame" if self.frames == 1 else f"{self.frames} frames"
 
 
 def evaluate(
@@ -186,8 +190,9 @@ def _subject(path: Path, *, variant: str, model: str | None) -> _Subject:
         root = path if path.is_dir() else path.parent
         run = load_run(root, variant=variant)
         trained = "" if run.manifest.trained else ", UNTRAINED"
+        model = Path(str(run.manifest.recipe["model"])).stem  # a run's own copy is always model.yaml
         return _Subject(
-            label=f"{root.name} ({run.config.name}, {variant}{trained})",
+            label=f"{root.name} ({model}, {variant}{trained})",
             config=run.config,
             detected=partial(_detected_by_run, run),
         )
@@ -238,17 +243,18 @@ def _source(
         raise UsageError(f"{count} frames show nothing.", fix="use one frame or more")
     if str(data) == SIMULATED:
         if frames is not None and count is None:
-            raise UsageError("simulated frames have no names.", fix="give their number, and the seed of the first")
+            raise UsageError("simulated frames have no names.", fix="give --frames N, and --seed of the first")
         kind = sensor if sensor is not None else SENSOR_OF_DATASET.get(config.dataset, "nuscenes32")
         return _simulated(kind, count or DEFAULT_FRAMES, FIRST_SEED if seed is None else seed)
     for word, given in (("sensor", sensor), ("seed", seed)):
         if given is not None:
-            raise UsageError(f"a {word} was given for frames that lie on disk.", fix=f"leave the {word} out")
+            raise UsageError(f"a {word} was given for frames that lie on disk.", fix=f"leave --{word} out")
     folder = open_dataset(data, None if frames is None or isinstance(frames, int) else tuple(frames))
     if count is not None and count > len(folder.names):
         raise UsageError(f"{data} holds {len(folder.names)} frames, not {count}.", fix="ask for fewer frames")
     names = folder.names[:count]
-    return _Source(label=str(data), count=len(names), frames={"folder": str(data), "names": list(names)})
+    label = str(data) if folder.info is None else f"{data} (simulated {folder.info.sensor})"
+    return _Source(label=label, count=len(names), frames={"folder": str(data), "names": list(names)})
 
 
 def _simulated(sensor: str, count: int, seed: int) -> _Source:
@@ -258,8 +264,9 @@ def _simulated(sensor: str, count: int, seed: int) -> _Source:
             f"training may have seen the frames of seed {seed} and after.",
             fix=f"use seeds from 0 to {FIRST_TRAINING_SEED - count}",
         )
+    seeds = f"seed {seed}" if count == 1 else f"seeds {seed} to {seed + count - 1}"
     return _Source(
-        label=f"simulated {sensor} seeds {seed} to {seed + count - 1}",
+        label=f"simulated {sensor} {seeds}",
         count=count,
         frames={"sensor": sensor, "seed": seed},
     )

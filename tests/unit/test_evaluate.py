@@ -46,14 +46,14 @@ def test_a_run_on_simulated_frames(tiny_run, tmp_path, metric: str) -> None:
     result = evaluate(tiny_run, metric=metric, out=tmp_path / "out", advanced=lambda *s: told.append(s), **SETTINGS)
     assert told == [(1, 2), (2, 2)]
     assert (result.frames, result.metric) == (2, metric)
-    assert result.subject == "run (model, pruned, UNTRAINED)"
+    assert result.subject == "run (centerpoint-tiny, pruned, UNTRAINED)"
     assert result.data == "simulated hdl64 seeds 1000000000 to 1000000001"
     data = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert data == json.loads(json.dumps(result.as_json()))
     assert set(data["rows"][0]) == {"class_name", "subset", "measure", "objects", "ap_percent", "recall", "precision"}
     text = (tmp_path / "out" / "evaluation.txt").read_text()
     assert text == result.as_text()
-    assert text.startswith("run (model, pruned, UNTRAINED) on simulated")
+    assert text.startswith(f"{result.subject} on {result.data}: 2 frames, metric {metric}\n")
     names = [line.split()[0].lower() for line in text.splitlines() if line and line.split()[0].isalpha()]
     assert names.index("pedestrian") < names.index("car")
     assert (tmp_path / "out" / "precision_recall.png").read_bytes().startswith(b"\x89PNG")
@@ -67,8 +67,10 @@ def test_a_folder_gives_what_its_seeds_give(tiny_run, folder) -> None:
         (r.class_name, r.subset, r.measure, r.objects) for r in simulated.rows
     ]
     assert [r.ap_percent for r in from_disk.rows] == pytest.approx([r.ap_percent for r in simulated.rows], abs=0.5)
-    assert from_disk.data == str(folder)
-    assert evaluate(tiny_run, data=folder, frames=1).frames == 1
+    assert from_disk.data == from_disk.as_json()["data"] == f"{folder} (simulated hdl64)"
+    assert f" on {folder} (simulated hdl64): 2 frames, metric kitti\n" in from_disk.as_text()
+    single = evaluate(tiny_run, data=folder, frames=1)
+    assert (single.frames, f"{single.data}: 1 frame, metric nuscenes\n" in single.as_text()) == (1, True)
     assert evaluate(tiny_run, data=folder, frames=["000001"]).frames == 1
 
 
@@ -85,6 +87,12 @@ def test_a_checkpoint_in_processes_scores_as_in_one(weights, folder) -> None:
     assert sum(map(len, found)) > 10
     assert result.rows == benchmark_scores("once", found, [frame.labels for frame in frames]).rows
     assert sum(row.objects for row in result.rows) > 10
+
+
+def test_a_folder_that_people_labelled_is_not_called_simulated(tiny_run, folder, tmp_path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "set")
+    (copied / "dataset.json").unlink()
+    assert evaluate(tiny_run, data=copied, frames=1).data == str(copied)
 
 
 def test_what_a_process_refuses_is_said_as_it_was(weights, folder, tmp_path) -> None:
@@ -117,12 +125,12 @@ def test_the_model_of_a_checkpoint_is_known_by_its_tensors(tmp_path) -> None:
     [
         ({"metric": "waymo"}, "there is no metric 'waymo'"),
         ({"frames": 0}, "0 frames show nothing"),
-        ({"frames": ["000000"]}, "simulated frames have no names"),
+        ({"frames": ["000000"]}, "simulated frames have no names. Fix: give --frames N, and --seed of the first"),
         ({"sensor": "vlp16"}, "no simulated sensor 'vlp16'"),
         ({"seed": -1}, "training may have seen the frames of seed -1"),
         ({"seed": FIRST_TRAINING_SEED, "frames": 1}, "training may have seen the frames"),
         ({"data": "FOLDER", "sensor": "hdl64"}, "a sensor was given for frames that lie on disk"),
-        ({"data": "FOLDER", "seed": 0}, "a seed was given for frames that lie on disk"),
+        ({"data": "FOLDER", "seed": 0}, "a seed was given for frames that lie on disk. Fix: leave --seed out"),
         ({"data": "FOLDER", "frames": 3}, "holds 2 frames, not 3"),
         ({"data": "FOLDER", "frames": ["000009"]}, "has no frame '000009'"),
         ({"data": "nowhere"}, "nowhere is no labelled data set"),
@@ -159,7 +167,7 @@ def test_a_seed_and_a_sensor_choose_the_simulated_frames(tiny_run, cli) -> None:
     code, out, _ = cli(
         "evaluate", tiny_run, "--frames", 1, "--sensor", "hdl64", "--seed", FIRST_SEED + 1, "--metric", "once", "--json"
     )
-    assert (code, json.loads(out)["data"]) == (0, "simulated hdl64 seeds 1000000001 to 1000000001")
+    assert (code, json.loads(out)["data"]) == (0, "simulated hdl64 seed 1000000001")
 
 
 @pytest.mark.parametrize(
