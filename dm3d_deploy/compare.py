@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +14,14 @@ from dm3d_deploy.artifacts import disk_errors, read_manifest, write_bytes, write
 from dm3d_deploy.errors import StaleArtifact, UsageError
 from dm3d_deploy.evaluate import RESULT_NAME
 from dm3d_deploy.reporting.pareto import render_comparison
-from dm3d_deploy.stages import FILES
+from dm3d_deploy.stages import FILES, STAGES
 from dm3d_deploy.steps.layers import PARTS_OF_SCOPE
 from dm3d_deploy.sweep import HELD_OUT_NAME
 
 JSON_NAME, TEXT_NAME, PAGE_NAME = "comparison.json", "comparison.txt", "comparison.html"
+SETTINGS_OF_FRAMES = next(stage.recipe for stage in STAGES if stage.name == "frames")
+# What of them a command has an option for.
+OPTIONS = {"build": ("frames", "calibration_frames", "seed"), "sweep": ("frames", "held_out_frames", "seed")}
 COLUMNS = (
     "run", "method", "recover", "target", "kept", "of model", "predicted", "pruned", "recovered", "x best other", "AP",
 )  # fmt: skip
@@ -87,15 +91,14 @@ def compare(runs: Sequence[Path], *, out: Path | None = None) -> RunComparison:
     if not runs:
         raise UsageError("There is nothing to compare.", fix="name the folders of one run or more")
     found = [_read(Path(run)) for run in runs]
-    for what, fix in (
-        ("dense", "compare runs of the same model and the same weights"),
-        ("frames", "build them from the same frames, with the same seed"),
-    ):
-        for run, row in zip(runs, found, strict=True):
-            if row[what] != found[0][what]:
-                words = {"dense": "prune other weights", "frames": "were held against other frames"}[what]
-                raise UsageError(f"{run} and {runs[0]} {words}.", fix=fix)
     first = found[0]
+    for run, row in zip(runs, found, strict=True):
+        if row["dense"] != first["dense"]:
+            raise UsageError(
+                f"{runs[0]} and {run} prune other weights.", fix="compare runs of the same model and the same weights"
+            )
+        if row["frames"] != first["frames"]:
+            raise _other_frames(first, row)
     comparison = RunComparison(
         model=first["model"], trained=first["trained"], simulated=first["simulated"], frames=tuple(first["frames"]),
         runs=_ranked([row["run"] for row in found]),
@@ -107,6 +110,25 @@ def compare(runs: Sequence[Path], *, out: Path | None = None) -> RunComparison:
         write_bytes(out / TEXT_NAME, comparison.as_text().encode())
         write_bytes(out / PAGE_NAME, render_comparison(comparison.as_json(), comparison.headline).encode())
     return comparison
+
+
+def _other_frames(first: dict[str, Any], other: dict[str, Any]) -> UsageError:
+    """What makes the held-out frames of two runs differ, and the options that make them the same."""
+    ours, theirs = first["recipe"], other["recipe"]
+    names = [name for name in SETTINGS_OF_FRAMES if ours[name] != theirs[name]]
+    why = "".join(f"; {name} is {ours[name]} and {theirs[name]}" for name in names)
+    return UsageError(
+        f"{first['run'].run} and {other['run'].run} were held against other frames{why}.",
+        fix=", ".join(_same(name, first, other) for name in names) or "make them anew: the files of --frames changed",
+    )
+
+
+def _same(name: str, first: dict[str, Any], other: dict[str, Any]) -> str:
+    for again, kept in ((other, first), (first, other)):
+        if name in OPTIONS[again["command"]]:
+            value = shlex.quote(str(kept["recipe"][name]))
+            return f"repeat the {again['command']} of {again['run'].run} with --{name.replace('_', '-')} {value}"
+    return f"build both with the same {name}"
 
 
 def _read(root: Path) -> dict[str, Any]:
@@ -124,6 +146,8 @@ def _read(root: Path) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "run": run,
+        "recipe": recipe,
+        "command": "sweep" if (root / HELD_OUT_NAME).is_file() else "build",
         "model": Path(str(recipe["model"])).stem,
         "trained": manifest.trained,
         "dense": manifest.artifact("dense_weights").digest,

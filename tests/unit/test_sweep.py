@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from run_sample import Noted, tiny_recipe
 from safetensors.numpy import load_file
+from typer.main import get_command
 
 from dm3d_deploy import build as builder
 from dm3d_deploy.artifacts import read_manifest
-from dm3d_deploy.compare import compare
+from dm3d_deploy.cli import app
+from dm3d_deploy.compare import OPTIONS, SETTINGS_OF_FRAMES, compare
 from dm3d_deploy.errors import StaleArtifact, UsageError
 from dm3d_deploy.sweep import sweep
 
@@ -129,7 +131,9 @@ def test_other_weights_other_frames_and_no_run_are_refused(swept, tiny_run, tmp_
     other = shutil.copytree(points[0], tmp_path / "other")
     held_out = json.loads((other / "held_out.json").read_text())
     (other / "held_out.json").write_text(json.dumps({**held_out, "frames": ["elsewhere"]}))
-    with pytest.raises(UsageError, match="were held against other frames"):
+    with pytest.raises(
+        UsageError, match=r"held against other frames\. Fix: make them anew: the files of --frames chang"
+    ):
         compare([points[0], other])
     manifest = json.loads((other / "manifest.json").read_text())
     next(a for s in manifest["steps"] for a in s["outputs"] if a["kind"] == "dense_weights")["sha256"] = "0" * 64
@@ -139,6 +143,43 @@ def test_other_weights_other_frames_and_no_run_are_refused(swept, tiny_run, tmp_
     (other / "held_out.json").unlink()
     with pytest.raises(StaleArtifact, match=r"holds no work/verification\.json"):
         compare([other])
+
+
+def test_other_frames_are_refused_with_the_options_that_make_them_the_same(swept, tiny_run, tmp_path):
+    _, points, _ = swept
+    assert len(compare([tiny_run, points[0]]).runs) == 2  # a build and a sweep of the same settings stand side by side
+
+    def changed(run, name, **settings):
+        copy = shutil.copytree(run, tmp_path / name)
+        manifest = json.loads((copy / "manifest.json").read_text())
+        manifest["recipe"].update(settings)
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        return copy
+
+    def told(*runs):
+        with pytest.raises(UsageError) as error:
+            compare(runs)
+        return error.value
+
+    more = changed(points[0], "more", held_out_frames=16)
+    held_out = json.loads((more / "held_out.json").read_text())
+    (more / "held_out.json").write_text(json.dumps({**held_out, "frames": ["elsewhere"]}))
+    for runs, values in (((tiny_run, more), "4 and 16"), ((more, tiny_run), "16 and 4")):
+        error = told(*runs)
+        assert error.what.endswith(f"were held against other frames; held_out_frames is {values}.")
+        assert error.fix == f"repeat the sweep of {more} with --held-out-frames 4"
+    build = changed(tiny_run, "build", calibration_frames=3, seed=5)
+    assert told(build, more).fix == (
+        f"repeat the build of {build} with --calibration-frames 2, "
+        f"repeat the sweep of {more} with --held-out-frames 4, repeat the sweep of {more} with --seed 5"
+    )
+    build = changed(tiny_run, "selects", selection_frames=9, held_out_frames=16)
+    assert told(build, more).fix == "build both with the same selection_frames"
+    commands = get_command(app).commands
+    for command, names in OPTIONS.items():
+        known = {option for parameter in commands[command].params for option in parameter.opts}
+        options = {f"--{name.replace('_', '-')}" for name in SETTINGS_OF_FRAMES}
+        assert known & options == {f"--{name.replace('_', '-')}" for name in names}
 
 
 @pytest.mark.parametrize(
