@@ -42,7 +42,8 @@ def split_names(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
     count = min(max(int(HELD_BACK_SHARE * len(names)), 1), MOST_HELD_BACK)
     if count >= len(names):
         raise UsageError(
-            f"a folder of {len(names)} frame cannot spare one to score on.", fix="use more frames, or --score-every 0"
+            f"a folder of {len(names)} frame cannot spare one to score on.",
+            fix="use two or more; only train can do without a score: --score-every 0",
         )
     return tuple(names[:-count]), tuple(names[-count:])
 

@@ -148,7 +148,8 @@ def test_lengths_and_pairs_that_cannot_be(cli, folder, tmp_path) -> None:
         path.unlink()
     (single / "dataset.json").unlink()
     code, text = error_of(cli(*LINE, *out, "--steps", "1", "--data", single))
-    assert (code, "a folder of 1 frame cannot spare one to score on" in text) == (2, True)
+    said = "a folder of 1 frame cannot spare one to score on.   fix: use two or more; only train can do without a score"
+    assert (code, said in text) == (2, True)
     assert not (tmp_path / "out").exists()  # nothing was begun
 
 
