@@ -29,8 +29,7 @@ from dm3d_deploy.artifacts import (
     read_manifest,
     write_manifest,
 )
-from dm3d_deploy.config import load_config
-from dm3d_deploy.device import devices_from
+from dm3d_deploy.beforehand import refuse_beforehand
 from dm3d_deploy.errors import Dm3dError, InternalError, StaleArtifact, UsageError, VerificationFailed, nearest
 from dm3d_deploy.measurements import MEASUREMENTS_NAME, Measurements, read_measurements, write_measurements
 from dm3d_deploy.outside import outside_digest
@@ -75,9 +74,7 @@ def build(
     root = out if out is not None else default_out(recipe)
     wanted = _window(first, last)
     eye: Watch = watch if watch is not None else Silent()
-    load_config(recipe.model)  # a mistyped name is told before minutes of work, and leaves no folder
-    devices_from(recipe.device)
-    outside_digest("profile", recipe)
+    refuse_beforehand(recipe)  # told before minutes of work, and leaves no folder
     _refuse_foreign_folder(root, recipe)
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -115,8 +112,8 @@ def plan(
     """What `build` would do, without doing it."""
     root = out if out is not None else default_out(recipe)
     wanted = _window(first, last)
-    devices_from(recipe.device)
-    for name in ("model", "profile", "checkpoint", "frames"):  # a plan for what cannot start would be none
+    refuse_beforehand(recipe)
+    for name in ("checkpoint", "frames"):  # a plan for what cannot start would be none
         outside_digest(name, recipe)
     _refuse_foreign_folder(root, recipe)
     book = _Book.open(root, recipe)

@@ -12,8 +12,8 @@ import numpy as np
 from calib.calibration_set import load_frame, plan_frames
 from dm3d_deploy.artifacts import write_json
 from dm3d_deploy.config import CenterHeadConfig, DetectorConfig, load_config
-from dm3d_deploy.device import device_named, devices_from
-from dm3d_deploy.errors import FrameError, UsageError
+from dm3d_deploy.device import Device, device_named, devices_from
+from dm3d_deploy.errors import FrameError, UsageError, require
 from dm3d_deploy.geometry.voxelize import voxelize
 from dm3d_deploy.pointcloud import Voxels
 from dm3d_deploy.pruning.contracts import Layer
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HERE = "here"
 FRAMES = 2
+ESTIMATED = "fp16"  # estimates are of no other precision
 Advanced = Callable[[int, int], None]
 
 
@@ -49,21 +50,42 @@ def profile_for_build(
 
     UsageError where the device is not one, and where file and build differ in layers or precision.
     """
+    given = _timed_by(recipe, detector, layers)
+    if isinstance(given, Profile):
+        return given
+    return estimated_profile(layers, cells_read(detector, layers), given, voxels=voxels, model_name=model_name)
+
+
+def refuse_time_goal(recipe: Recipe) -> None:
+    """What `profile_for_build` refuses whatever the frames are, before there are any; nothing where no time counts."""
+    if recipe.cost != "latency":
+        return
+    require("torch", extra="compile")
+    from dm3d_deploy.models.detector import build_detector
+
+    detector = build_detector(load_config(recipe.model))
+    _timed_by(recipe, detector, bare_layers(detector))
+
+
+def _timed_by(recipe: Recipe, detector: Detector, layers: Sequence[Layer]) -> Profile | Device:
+    """The profile of the recipe's file, or the device to estimate for; UsageError where either does not fit."""
     check_profiled(detector.config)
     named = recipe.profile if recipe.profile is not None else _only_device(recipe.device)
-    if Path(named).suffix != ".json":
-        profile = estimated_profile(
-            layers, cells_read(detector, layers), device_named(named), voxels=voxels, model_name=model_name
-        )
+    given: Profile | Device
+    if Path(named).suffix == ".json":
+        given = read_profile(Path(named))
+        check_model(given, layers, recipe.model)
+        precision = given.precision
     else:
-        profile = read_profile(Path(named))
-        check_model(profile, layers, recipe.model)
-    if profile.precision != recipe.precision:
+        given = device_named(named)
+        estimable(layers, given)
+        precision = ESTIMATED
+    if precision != recipe.precision:
         raise UsageError(
-            f"the profile's times are {profile.precision}, the build is {recipe.precision}.",
-            fix=f"build with --precision {profile.precision}, or profile in {recipe.precision}",
+            f"the profile's times are {precision}, the build is {recipe.precision}.",
+            fix=f"build with --precision {precision}, or profile in {recipe.precision}",
         )
-    return profile
+    return given
 
 
 def check_profiled(config: DetectorConfig) -> None:
@@ -134,8 +156,10 @@ def profile(
 
     if device != HERE:
         device_named(device)  # a mistyped name is told before the work
-        if precision != "fp16":
-            raise UsageError(f"estimates are fp16, not {precision}.", fix="leave --precision out, or --device here")
+        if precision != ESTIMATED:
+            raise UsageError(
+                f"estimates are {ESTIMATED}, not {precision}.", fix="leave --precision out, or --device here"
+            )
     elif voxels is not None:
         raise UsageError("what is measured has the voxels of its frames.", fix="leave --voxels out")
     if repeats < 1:

@@ -55,7 +55,7 @@ def load(run: RunContext) -> None:
     if run.recipe.start is not None:
         load_checkpoint(detector, Path(run.recipe.start))
     if run.recipe.voxel_keep < 1:
-        prune_voxels(detector, _permille(run.recipe, stage_names(detector)))
+        prune_voxels(detector, permille_of_recipe(run.recipe, stage_names(detector)))
     if run.recipe.start is not None or run.recipe.voxel_keep < 1:
         save_weights(detector, run.path("start_weights"))
     write_json(
@@ -76,8 +76,8 @@ def changes_of(info: CheckpointInfo) -> str:
     return order + (f", {info.cast} tensors cast to float32" if info.cast else "")
 
 
-def _permille(recipe: Recipe, stages: tuple[str, ...]) -> Tensor:
-    """Thousandths of the voxels that each stage keeps."""
+def permille_of_recipe(recipe: Recipe, stages: tuple[str, ...]) -> Tensor:
+    """Thousandths of the voxels that each stage keeps; UsageError for a stage that is not there."""
     import torch
 
     chosen = [f"conv{word.strip()}" for word in recipe.voxel_stages.split(",")]
