@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from dm3d_deploy.pruning.narrowed import Narrowing
 from dm3d_deploy.pruning.patterns import is_2_4, prune_step, taps_from_native
 from dm3d_deploy.pruning.profiles import LayerTimes, Profile, TimeCurve
 from dm3d_deploy.recipe import Recipe
-from dm3d_deploy.steps import slim
+from dm3d_deploy.steps import allocate, slim
 from dm3d_deploy.steps.slim import narrowed_items
 
 
@@ -213,3 +215,20 @@ def test_a_block_that_goes_takes_no_time_and_the_cheapest_that_is_named_is_reach
     assert found.allocation.cost == 5.5
     assert found.allocation.distortion == pytest.approx(1.5)
     assert planned_time(profile, layers[:4], found.allocation.choices)["planned_ms"] == 5.5
+
+
+@pytest.mark.parametrize(("patterns_left", "channels_left"), [(0.4, 0.6), (0.6, 0.4)])
+def test_a_refusal_names_the_cheaper_of_patterns_and_channels(monkeypatch, patterns_left, channels_left):
+    def refusing(left):
+        def refuse(*args):
+            raise InfeasibleBudget(f"{left} are left.", fix="raise it", cheapest=left)
+
+        return refuse
+
+    monkeypatch.setattr(allocate, "candidates_of", refusing(patterns_left))
+    monkeypatch.setattr(allocate, "timed_candidates", refusing(channels_left))
+    recipe = Recipe(model="m", target_ms=1.0, cost="latency", device="orin")
+    prices = allocate.Prices(each={}, fixed=0.0, dense=Budget(value=1.0, denominator=8.0, unit="ms"))
+    offer = allocate.Offer(layers=(), items=(), dense=(), out_of_scope=(), skipped=())
+    with pytest.raises(InfeasibleBudget, match=r"0\.4 are left"):
+        allocate._with_whole(SimpleNamespace(recipe=recipe), [], offer, prices, "a profile")
