@@ -157,9 +157,7 @@ def profile(
     if device != HERE:
         device_named(device)  # a mistyped name is told before the work
         if precision != ESTIMATED:
-            raise UsageError(
-                f"estimates are {ESTIMATED}, not {precision}.", fix="leave --precision out, or --device here"
-            )
+            raise UsageError(f"estimates are fp16, not {precision}.", fix="leave --precision out, or --device here")
     elif voxels is not None:
         raise UsageError("what is measured has the voxels of its frames.", fix="leave --voxels out")
     if repeats < 1:
