@@ -17,7 +17,7 @@ from calib.pool import FramePool
 from dm3d_deploy import build as builder
 from dm3d_deploy.api import detector_from_pcdet
 from dm3d_deploy.artifacts import Artifact, Engine
-from dm3d_deploy.config import load_config
+from dm3d_deploy.config import config_from_text, load_config
 from dm3d_deploy.detect import load_run
 from dm3d_deploy.detect_in_torch import detect_in_torch
 from dm3d_deploy.detect_two_stage import GEOMETRY
@@ -144,7 +144,9 @@ def test_layers_are_counted_and_their_weights_turned_to_matrices_and_back(name):
 
 
 def test_an_estimate_says_that_the_second_stage_is_not_in_it():
-    detector = build_detector(load_config("voxel-rcnn"))
+    entries = yaml.safe_load(load_config("voxel-rcnn").text)
+    entries["MODEL"]["BACKBONE_3D"] = {"NAME": "VoxelResBackBone8x"}  # the one that times were published of
+    detector = build_detector(config_from_text(yaml.safe_dump(entries), "residual.yaml"))
     coords = torch.tensor([[0, 10, 800, 700], [0, 10, 801, 700], [0, 12, 900, 100]])
     layers = layers_of(detector, [sparse_pair_counts(detector, coords)])
     found = estimated_profile(
