@@ -137,10 +137,15 @@ def _alone(run: RunContext) -> Iterator[Path]:
     """One thread, and a folder for the training's state that is gone behind it."""
     import torch
 
+    from dm3d_deploy.training.loop import TrainingDiverged
+
     folder, threads = run.root / "work" / ".training", torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield folder
+    except TrainingDiverged as error:  # its own fix is of settings that a build does not have
+        fix = "recover without training (--recover reconstruct), or check the frames"
+        raise TrainingDiverged(error.what, fix=fix, step=error.step) from None
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(folder, ignore_errors=True)

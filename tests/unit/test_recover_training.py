@@ -5,16 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from run_sample import tiny_recipe
+from run_sample import Noted, tiny_recipe
 from safetensors.numpy import load_file
 
 from calib import training_frames
+from calib.pool import FramePool
 from dm3d_deploy.build import build
 from dm3d_deploy.errors import FrameError, UsageError
 from dm3d_deploy.outside import outside_digest
 from dm3d_deploy.pointcloud import Boxes3D
+from dm3d_deploy.recipe import Recipe
+from dm3d_deploy.stages import RunContext
 from dm3d_deploy.steps import recover_by_training
 from dm3d_deploy.training.batch import Batch
+from dm3d_deploy.training.loop import TrainingDiverged
 from dm3d_deploy.training.targets import center_targets, collate
 
 
@@ -116,3 +120,11 @@ def test_training_data_is_an_input_like_the_frames(tiny_frames, tmp_path):
 def test_no_steps_are_refused(tiny_frames):
     with pytest.raises(UsageError, match="recover_steps is 0"):
         tiny_recipe(tiny_frames, recover_steps=0)
+
+
+def test_a_training_that_diverges_names_what_a_build_can_do(tmp_path):
+    run = RunContext(root=tmp_path, recipe=Recipe(model="centerpoint", target=0.5), watch=Noted(), pool=FramePool())
+    told = pytest.raises(TrainingDiverged, match=r"diverged at step 3\. Fix: recover without training")
+    with told as caught, recover_by_training._alone(run):
+        raise TrainingDiverged("the training diverged at step 3.", fix="a lower peak rate", step=3)
+    assert caught.value.step == 3
