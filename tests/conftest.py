@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from run_sample import tiny_recipe, write_frames
 
+settings.register_profile("house", deadline=None)  # a loaded machine takes longer than any fixed time
+settings.load_profile("house")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -121,7 +121,7 @@ def test_no_cell_one_cell_and_a_full_grid(count, submanifold, kernel, stride, pa
     check_rows((3, 5, 4), submanifold, kernel, stride, padding, count, seed=count)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_grid_any_cells_any_dead_taps(data):
     shape = data.draw(st.sampled_from([param.values for param in SHAPES]))

@@ -32,7 +32,7 @@ def crowded_groups(kind, weight):
     return inputs, found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_every_group_of_four_is_judged(data):
     kind = data.draw(st.sampled_from(["Conv", "ConvTranspose"]))

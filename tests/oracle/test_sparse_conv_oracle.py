@@ -88,7 +88,7 @@ def test_submanifold_convolution_is_dense_convolution_at_its_own_cells(kernel, d
     check(conv, coords, features, 1, tuple(size // 2 for size in kernel), submanifold=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(density=st.floats(0.01, 0.9), seed=st.integers(0, 2**31), name=st.sampled_from(sorted(STRIDED)))
 def test_any_scene_agrees_with_dense_convolution(density, seed, name):
     kernel, stride, padding = STRIDED[name]

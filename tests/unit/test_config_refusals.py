@@ -159,7 +159,7 @@ def test_yaml_bombs_end_in_a_sentence(name):
         config_from_text(content, "bomb.yaml")
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_mutated_yaml_ends_in_a_config_or_in_a_sentence(data):
     text = TEXT

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dm3d_deploy.config import (
@@ -136,7 +136,6 @@ def test_equal_scores_are_taken_by_the_lowest_flat_index() -> None:
     assert found.boxes.centre[:, 0].tolist() == [-10, -8, -6]
 
 
-@settings(deadline=None)  # a loaded machine takes longer than any fixed time
 @given(seed=st.integers(0, 10_000), count=st.sampled_from([1, 5, 40, 500]), levels=st.sampled_from([3, 10_000]))
 def test_the_best_cells_are_those_of_a_full_sort(seed: int, count: int, levels: int) -> None:
     config = config_of(max_objects=count, score_threshold=0.3)

@@ -234,7 +234,7 @@ def test_weights_that_the_file_does_not_hold_have_no_verdict():
 SEEDS = [dense_model().SerializeToString(), sparse_model().SerializeToString()]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_mutated_files_end_in_a_model_or_a_refusal(data, tmp_path_factory):
     content = bytearray(data.draw(st.sampled_from(SEEDS)))

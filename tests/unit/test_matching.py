@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dm3d_deploy.config import DetectorConfig, load_config
@@ -123,7 +123,6 @@ def test_differences_are_measured_pair_by_pair() -> None:
     assert found.score_delta == pytest.approx([0.3])
 
 
-@settings(deadline=None)  # a loaded machine takes longer than any fixed time
 @given(st.lists(st.integers(0, 12), max_size=6), st.lists(st.integers(0, 12), max_size=6))
 def test_matching_is_greedy_one_to_one_and_complete(left: list[int], right: list[int]) -> None:
     a, b = boxes(*({"at": (x, 0, 0)} for x in left)), boxes(*({"at": (x, 0, 0)} for x in right))

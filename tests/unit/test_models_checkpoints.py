@@ -273,7 +273,7 @@ def test_a_truncated_file_is_refused(target, tmp_path, files, name, share):
         load_checkpoint(target, tmp_path / name)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["zip.pth", "legacy.pth", "new.safetensors"]),
     limit=st.sampled_from([64, 2000, 1 << 30]),
@@ -290,7 +290,7 @@ def test_damaged_bytes_load_or_are_refused_in_one_sentence(target, tmp_path, fil
         assert "Fix: " in str(error)  # noqa: PT017 - a damage that does not matter may load
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(min_size=1, max_size=200), start=st.sampled_from([b"", b"\x80\x02", b"PK\x03\x04"]))
 def test_random_bytes_are_refused_in_one_sentence(target, tmp_path, content, start):
     for name in ("a.pth", "a.safetensors"):

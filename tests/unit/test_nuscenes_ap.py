@@ -151,7 +151,7 @@ def twin(detections, objects, limit):
     return ap / 90 / 0.9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1))
 def test_against_the_plain_twin(seed: int) -> None:
     random = np.random.default_rng(seed)

@@ -152,7 +152,7 @@ def test_wrong_records_with_the_right_digest_are_refused(kind: int, at: int, new
         decode_plan(changed(section(kind)[1] + at, new))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(at=st.integers(0, len(WHOLE) - 1), new=st.binary(min_size=1, max_size=9))
 def test_stamped_mutations_are_refused_or_give_a_plan_that_is_written_the_same(at: int, new: bytes) -> None:
     data = changed(min(at, len(WHOLE) - len(new)), new)

@@ -126,7 +126,7 @@ def test_buffers_that_live_together_do_not_overlap(backbone, detector, points):
     assert plan.workspace_bytes < sum(item.bytes for item in plan.buffers if item.kind == "workspace")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 12), st.integers(0, 6)), min_size=1, max_size=14),
     st.randoms(use_true_random=False),

@@ -49,7 +49,7 @@ def items(mode: str) -> list[tuple[Choice, ...]]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "unstructured"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(target=st.floats(0.08, 1.0), fixed=st.floats(0, 0.04))
 def test_masks_keep_what_was_allocated_and_never_more_than_the_target(mode: str, target: float, fixed: float) -> None:
     budget = Budget(value=target, denominator=DENSE * (1 + fixed))
@@ -134,7 +134,7 @@ def test_ties_go_to_the_lowest_cost_then_to_the_first() -> None:
     assert undominated(np.array([9.0, 4, 4, 2]), np.array([1.0, 1, 1, 5])).tolist() == [3, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     groups=st.lists(
         st.lists(st.tuples(st.integers(0, 20), st.floats(0, 1)), min_size=1, max_size=6), min_size=1, max_size=5

@@ -43,7 +43,7 @@ def layers(draw: st.DrawFn, pattern: str) -> Layer:
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "tile"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_every_mask_is_nested_legal_and_within_its_ratio(pattern: str, data: st.DataObject) -> None:
     some = data.draw(layers(pattern))

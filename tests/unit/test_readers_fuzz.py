@@ -40,7 +40,7 @@ def test_the_frames_that_are_mutated_are_valid(tmp_path):
         assert len(read_points(tmp_path / name).points) == 24
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(VALID)), st.data())
 def test_mutated_frames_end_in_points_or_in_a_sentence(tmp_path, name, data):
     content = bytearray(VALID[name])
@@ -62,7 +62,7 @@ def test_mutated_frames_end_in_points_or_in_a_sentence(tmp_path, name, data):
     ends_well(path)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["a.bin", "a.f16x5.bin", "a.pcd", "a.npy", "a"]), st.binary(max_size=400))
 def test_random_bytes_end_in_points_or_in_a_sentence(tmp_path, name, content):
     path = tmp_path / name

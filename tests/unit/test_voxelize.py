@@ -62,7 +62,7 @@ coordinate = st.one_of(
 clouds = hnp.arrays(np.float32, st.tuples(st.integers(1, 60), st.just(4)), elements=coordinate)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(clouds, st.randoms(use_true_random=False), st.integers(1, 4), st.integers(1, 40))
 def test_voxels_equal_the_twin_in_any_order(points, random, per_voxel, cap):
     config = dataclasses.replace(SMALL, max_points_per_voxel=per_voxel, max_voxels=cap)
@@ -87,7 +87,7 @@ def test_voxels_equal_the_twin_in_any_order(points, random, per_voxel, cap):
     assert (again.found, again.cutoff_m) == (voxels.found, voxels.cutoff_m)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(clouds)
 def test_voxels_are_in_raster_order_inside_the_grid_and_their_means_inside_their_cells(points):
     try:
