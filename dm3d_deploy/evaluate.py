@@ -27,6 +27,7 @@ from dm3d_deploy.evaluation.rows import ApRow
 from dm3d_deploy.held_out_score import detections_from_arrays
 from dm3d_deploy.pointcloud import Detections
 from dm3d_deploy.reporting.ap_tables import ap_text, draw_curves
+from dm3d_deploy.reporting.facts import plural
 
 Advanced = Callable[[int, int], None]
 SIMULATED = "simulated"
@@ -68,12 +69,8 @@ class Evaluation:
     def as_text(self) -> str:
         """What was evaluated, the summary, the tables and the notes."""
         values = ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in self.summary.items())
-        head = f"{self.subject} on {self.data}: {self._frames}, metric {self.metric}\n{values}\n\n"
+        head = f"{self.subject} on {self.data}: {plural(self.frames, 'frame')}, metric {self.metric}\n{values}\n\n"
         return head + ap_text(self.rows) + "\n" + "".join(f"* {note}\n" for note in self.notes)
-
-    @property
-    def _frames(self) -> str:
-        return "1 frame" if self.frames == 1 else f"{self.frames} frames"
 
 
 def evaluate(

@@ -145,17 +145,22 @@ def test_choices_of_a_narrow_layer_cost_what_their_masks_keep(pattern):
     assert narrowed_items(layer, layer, whole, SCORES[layer.name], SCORES[layer.name]) == tuple(whole)
 
 
-def test_widths_within_a_time_take_it_by_the_profile(monkeypatch):
-    """Each layer here takes a millisecond, in proportion to its multiplications, and two are fixed."""
-    line = TimeCurve(share=np.array([0.0, 1.0]), ms=np.array([0.0, 1.0]))
+def timed(layers, *, least, fixed_ms):
+    """A millisecond a layer, in proportion to its multiplications down to a share `least`."""
+    line = TimeCurve(share=np.array([least, 1.0]), ms=np.array([least, 1.0]))
     times = tuple(
         LayerTimes(layer=x.name, part=x.part, kind=x.kind, shape=x.shape, dense_ms=1.0, curves={"channel": line})
-        for x in LAYERS
+        for x in layers
     )
-    profile = Profile(
-        standing="estimated", device="d", model="m", precision="fp16", voxels=1, clock="c", band={},
-        fixed_ms={"2d": 2.0}, layers=times, stamp={}, notes=(),
+    return Profile(
+        standing="measured", device="d", model="m", precision="fp16", voxels=1, clock="c", band={},
+        fixed_ms=fixed_ms, layers=times, stamp={}, notes=(),
     )  # fmt: skip
+
+
+def test_widths_within_a_time_take_it_by_the_profile(monkeypatch):
+    """Each layer here takes a millisecond, in proportion to its multiplications, and two are fixed."""
+    profile = timed(LAYERS, least=0.0, fixed_ms={"2d": 2.0})
     scope = LAYERS[:2]
     whole = slim.Whole(every=LAYERS, layers=scope, groups=channel_groups(LAYERS), curves=CURVES, blocks={})
     monkeypatch.setattr(slim, "_whole", lambda run: whole)
@@ -191,15 +196,7 @@ def test_a_block_that_goes_takes_no_time_and_the_cheapest_that_is_named_is_reach
         sparse(f"{block}.conv2", 8),
     )
     layers = (stem, first, second, *LAYERS[:-1])
-    line = TimeCurve(share=np.array([0.5, 1.0]), ms=np.array([0.5, 1.0]))
-    times = tuple(
-        LayerTimes(layer=x.name, part=x.part, kind=x.kind, shape=x.shape, dense_ms=1.0, curves={"channel": line})
-        for x in layers
-    )
-    profile = Profile(
-        standing="measured", device="d", model="m", precision="fp16", voxels=1, clock="c", band={},
-        fixed_ms={"3d": 2.0}, layers=times, stamp={}, notes=(),
-    )  # fmt: skip
+    profile = timed(layers, least=0.5, fixed_ms={"3d": 2.0})
     curves = {first.name: curve(first.name, 8), LAYERS[0].name: curve(LAYERS[0].name, 16)}
     whole = slim.Whole(
         every=layers, layers=layers[:4], groups=channel_groups(layers), curves=curves, blocks={block: 0.5}
